@@ -1,0 +1,176 @@
+"""The kernel model: parametrisation, units, files."""
+
+import math
+
+import pytest
+import torch
+
+from wpo_notes.model import KernelModel
+
+
+def centers(n=30, d=2, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=dtype)
+
+
+def perturbed(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
+    return model
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_factors_are_lower_triangular_with_positive_diagonal(d):
+    model = perturbed(KernelModel(centers(d=d), hidden=(16, 16)))
+    tril = model.precision_tril(centers(n=11, d=d, seed=1))
+    assert tril.shape == (11, d, d)
+    assert not tril.triu(1).any()
+    assert (tril.diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert tril.std(0).max() > 0  # the network sees its input
+
+
+def test_before_training_every_kernel_is_isotropic_in_standardised_units():
+    z = centers() * torch.tensor([1.0, 10.0], dtype=torch.float64)
+    model = KernelModel(z, initial_std=0.25)
+    covariance = torch.cholesky_inverse(model().precision_tril)
+    expected = (0.25 / (1 + 1e-3) * z.std(0)).square()  # 1e-3: the diagonal's floor
+    torch.testing.assert_close(covariance, expected.diag().expand(30, 2, 2))
+
+
+def test_initial_width_is_the_median_distance_to_the_nearest_other_centre():
+    z = centers()
+    u = (z - z.mean(0)) / z.std(0)
+    distance = torch.cdist(u, u).fill_diagonal_(math.inf).amin(1)
+    torch.testing.assert_close(KernelModel(z).initial_std, distance.median())
+
+
+def test_model_follows_the_units_of_the_data():
+    # x -> a x + b takes the density to density / |a|: same network, other units.
+    z = centers()
+    a, b = torch.tensor([3.0, 0.01], dtype=torch.float64), 100.0
+    one, other = KernelModel(z, hidden=(8,)), KernelModel(a * z + b, hidden=(8,))
+    other.network.load_state_dict(perturbed(one).network.state_dict())
+    x = centers(seed=2)
+    torch.testing.assert_close(
+        other().log_prob(a * x + b), one().log_prob(x) - a.log().sum(), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_forward_is_the_mixture_of_equation_25():
+    model = perturbed(KernelModel(centers(), hidden=(8, 8)))
+    x = centers(n=5, seed=3)
+    tril = model.precision_tril(model.centers)
+    precision = tril @ tril.mT
+    offset = x[:, None] - model.centers
+    quadratic = torch.einsum("mni,nij,mnj->mn", offset, precision, offset)
+    density = (torch.linalg.det(precision).sqrt() / (2 * math.pi) * (-quadratic / 2).exp()).mean(1)
+    torch.testing.assert_close(model().log_prob(x), density.log(), rtol=1e-10, atol=1e-10)
+
+
+def test_parameters_receive_gradients_and_centres_do_not():
+    model = KernelModel(centers(), hidden=(8,))
+    model().log_prob(model.centers).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not model.centers.requires_grad
+    assert "centers" in dict(model.named_buffers())
+
+
+def test_only_the_given_generator_is_used():
+    state = torch.get_rng_state()
+    one = KernelModel(centers(), generator=torch.Generator().manual_seed(3))
+    other = KernelModel(centers(), generator=torch.Generator().manual_seed(3))
+    third = KernelModel(centers(), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(one.network[0].weight, other.network[0].weight)
+    assert not torch.equal(one.network[0].weight, third.network[0].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saved_model_is_the_same_model(tmp_path, dtype):
+    model = perturbed(KernelModel(centers(dtype=dtype), hidden=(8, 4)))
+    model.save(tmp_path / "model.safetensors")
+    loaded = KernelModel.load(tmp_path / "model.safetensors")
+    assert loaded.hidden == (8, 4)
+    assert loaded.centers.dtype == dtype
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    KernelModel(centers(), hidden=(8,)).save(path)
+    content = path.read_bytes()
+
+    path.write_bytes(content[:-20])
+    with pytest.raises(ValueError, match="damaged or not a kernel model file"):
+        KernelModel.load(path)
+    flipped = bytearray(content)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="checksum does not match"):
+        KernelModel.load(path)
+    torch.save({"a": 1}, path)  # a pickle: never unpickled
+    with pytest.raises(ValueError, match="damaged or not a kernel model file"):
+        KernelModel.load(path)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="is not a kernel model file of wpo_notes"):
+        KernelModel.load(path)
+    with pytest.raises(FileNotFoundError, match="no kernel model file at"):
+        KernelModel.load(tmp_path / "absent")
+
+
+def test_saving_never_leaves_half_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    model = KernelModel(centers(), hidden=(8,))
+    model.save(path)
+    before = path.read_bytes()
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("wpo_notes._files.save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        perturbed(model).save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.zeros(5, 2), ValueError, "all of its 5 points are equal"),
+        (torch.zeros(5, 2, dtype=torch.int64), TypeError, "dtype float32 or float64"),
+        (torch.randn(1, 2), ValueError, "at least 2 points, got 1"),
+        (torch.randn(5), ValueError, "one point a row"),
+        (torch.tensor([[0.0, 1], [1, 1], [2, 1]]), ValueError, r"column\(s\) \[1\] are constant"),
+        (torch.tensor([[0.0], [1], [1]]), ValueError, "1 of its 3 rows are duplicates"),
+        (torch.tensor([[0.0], [math.nan]]), ValueError, "NaN or infinite"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_bad_centres(bad, error, message):
+    with pytest.raises(error, match=message):
+        KernelModel(bad)
+
+
+def test_bad_initial_width():
+    with pytest.raises(ValueError, match="initial_std must be a positive"):
+        KernelModel(centers(), initial_std=0.0)
+
+
+def test_repr_says_how_many_centres():
+    assert "30 centres in 2 dimensions" in repr(KernelModel(centers(), hidden=(4,)))
+
+
+def test_no_tensor_is_made_on_the_default_device():
+    z = centers()
+    with torch.device("meta"):
+        mixture = KernelModel(z, hidden=(8,))()
+        value = mixture.log_prob(z)
+    assert value.device.type == "cpu"
+    assert torch.isfinite(value).all()

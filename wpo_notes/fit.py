@@ -1,0 +1,320 @@
+r"""Training: one loop for all objectives, and Algorithm 1 on one's own samples.
+
+Chapter: *Algorithm 1* (``book/algorithm.md``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import trange
+
+from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
+from wpo_notes._files import load_tensors, save_tensors
+from wpo_notes.losses import implicit_score_matching
+from wpo_notes.model import KernelModel
+
+__all__ = ["FitResult", "Record", "cosine", "fit", "fit_kernel_model", "kernel_loss"]
+
+Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
+
+
+class Record(NamedTuple):
+    """Objective after a number of steps."""
+
+    step: int
+    objective: float  # mean over the batches since the last record
+    held_out: float | None  # on the held-out points, if there are any
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` returns: the trained model and the history of its objective."""
+
+    model: nn.Module
+    history: list[Record]
+
+
+def cosine(fraction: float) -> float:
+    """Cosine schedule: factor of the learning rate at a fraction of the steps, from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def kernel_loss(exclude: Int[Tensor, " n"] | None = None) -> Loss:
+    """Implicit score matching of a `KernelModel`, eq. (30), as a loss for `fit`.
+
+    Args:
+        exclude: (n,), for each training point the index of the centre that it is, or -1.
+    """
+
+    def loss(
+        model: nn.Module, x: Tensor, index: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        own = None if exclude is None or index is None else exclude[index]
+        return implicit_score_matching(model(), x, exclude=own)
+
+    return loss
+
+
+def fit(
+    model: nn.Module,
+    x: Float[Tensor, "n d"],
+    *,
+    steps: int,
+    batch_size: int = 512,
+    lr: float = 1e-2,
+    loss: Loss | None = None,
+    schedule: Callable[[float], float] = cosine,
+    clip: float = 5.0,
+    held_out: Float[Tensor, "m d"] | None = None,
+    record_every: int = 100,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 1000,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Train `model` on the points x by Adam; in place, and returned with the objective's history.
+
+    A run with a checkpoint that is killed and called again with the same arguments goes on from
+    there and ends with the same parameters, bit for bit, on the same machine.
+
+    Args:
+        model: any module; a `KernelModel` if `loss` is None.
+        x: (n, d), training points on the model's device.
+        steps: number of Adam steps.
+        batch_size: points a step, drawn with replacement.
+        lr: learning rate at the start.
+        loss: ``loss(model, points, index, generator) -> scalar``, where index says which rows of x
+            the points are (None for held-out points); `kernel_loss()` if None.
+        schedule: factor of the learning rate at the fraction of the steps done.
+        clip: largest gradient norm, in multiples of its running mean: the objective has units
+            1 / length squared, so a fixed bound would depend on the data's units.
+        held_out: (m, d), points on which the objective is recorded, with the same noise each time.
+        record_every: steps between records.
+        checkpoint: file to write to, and to go on from if it exists.
+        checkpoint_every: steps between checkpoints.
+        generator: source of the batches and of the loss's noise; a fresh one if None. Its state is
+            part of the checkpoint.
+        progress: show a progress bar.
+
+    Raises:
+        FloatingPointError: the objective or its gradient stopped being finite; says at which step
+            and where, and leaves the model with its last finite parameters.
+        ValueError: points that are not finite or not a matrix, settings out of range, or a
+            checkpoint that is damaged or belongs to another run.
+    """
+    x = checked_points("x", x)
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"x must be a matrix (n, d) with n >= 1, got shape {tuple(x.shape)}")
+    if held_out is not None:
+        checked_points("held_out", held_out, x.shape[1])
+    for name, value in (("batch_size", batch_size), ("lr", lr), ("clip", clip)):
+        checked_positive(name, value)
+    for name, value in (("record_every", record_every), ("checkpoint_every", checkpoint_every)):
+        checked_positive(name, value)
+    checked_positive("steps", steps, zero=True)
+    loss = kernel_loss() if loss is None else loss
+    generator = make_generator(generator, x.device)
+    run = _Run(model, torch.optim.Adam(model.parameters(), lr=lr), generator)
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "clip": clip,
+        "record_every": record_every,
+        "data": hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
+    }
+    if checkpoint is not None and Path(checkpoint).exists():
+        run.resume(checkpoint, settings)
+
+    bar = trange(steps, initial=run.step, disable=not progress, desc="fit", unit="step")
+    while run.step < steps:
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr * schedule(run.step / steps)
+        index = torch.randint(len(x), (batch_size,), generator=generator, device=x.device)
+        objective = loss(model, x[index], index, generator)
+        run.optimizer.zero_grad()
+        objective.backward()
+        _check_finite(model, objective, run.step)
+        run.clip_gradient(clip)
+        run.optimizer.step()
+        run.step += 1
+        run.unrecorded.append(float(objective.detach()))
+        if run.step % record_every == 0 or run.step == steps:
+            run.record(loss, held_out)
+            bar.set_postfix(objective=f"{run.history[-1].objective:.4g}")
+        if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == steps):
+            run.save(checkpoint, settings)
+        bar.update()
+    bar.close()
+    return FitResult(model, run.history)
+
+
+@dataclass
+class _Run:
+    """Everything that changes while training, and so everything a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Adam
+    generator: torch.Generator
+    step: int = 0
+    typical_norm: float | None = None
+    unrecorded: list[float] = field(default_factory=list)
+    history: list[Record] = field(default_factory=list)
+
+    def clip_gradient(self, clip: float) -> None:
+        largest = math.inf if self.typical_norm is None else clip * self.typical_norm
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        clipped = min(norm, largest)
+        if self.typical_norm is None:
+            self.typical_norm = clipped
+        self.typical_norm = 0.99 * self.typical_norm + 0.01 * clipped
+
+    @torch.no_grad()
+    def record(self, loss: Loss, held_out: Tensor | None) -> None:
+        value = None
+        if held_out is not None:
+            same_noise = torch.Generator(held_out.device).manual_seed(0)
+            value = float(loss(self.model, held_out, None, same_noise))
+        mean = sum(self.unrecorded) / len(self.unrecorded)
+        self.history.append(Record(self.step, mean, value))
+        self.unrecorded.clear()
+
+    def save(self, path: str | os.PathLike, settings: dict) -> None:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
+        tensors["generator"] = self.generator.get_state()
+        save_tensors(
+            path,
+            tensors,
+            kind="checkpoint",
+            settings=settings,
+            step=self.step,
+            typical_norm=self.typical_norm,
+            unrecorded=self.unrecorded,
+            history=self.history,
+        )
+
+    def resume(self, path: str | os.PathLike, settings: dict) -> None:
+        tensors, about = load_tensors(path, kind="checkpoint")
+        differing = [key for key in settings if about["settings"].get(key) != settings[key]]
+        if differing:
+            raise ValueError(
+                f"{path} belongs to another run: its {', '.join(differing)} differ; "
+                "call with the same settings and data, or remove the file to start anew"
+            )
+        own = self.model.state_dict()
+        kept = {
+            name.removeprefix("model."): value
+            for name, value in tensors.items()
+            if name.startswith("model.")
+        }
+        shapes = {name: value.shape for name, value in kept.items()}
+        if shapes != {name: value.shape for name, value in own.items()}:
+            raise ValueError(f"{path} holds another model: its parameters' names or shapes differ")
+        self.model.load_state_dict(kept)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, number, part = name.split(".")
+                state.setdefault(int(number), {})[part] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.generator.set_state(tensors["generator"])
+        self.step = about["step"]
+        self.typical_norm = about["typical_norm"]
+        self.unrecorded = about["unrecorded"]
+        self.history = [Record(*record) for record in about["history"]]
+
+
+def _check_finite(model: nn.Module, objective: Tensor, step: int) -> None:
+    where = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+    value = float(objective.detach())
+    if math.isfinite(value) and not where:
+        return
+    cause = f"the objective is {value}" if not math.isfinite(value) else ""
+    cause = cause or f"the gradient of {', '.join(where)} is not finite (the objective is {value})"
+    if isinstance(model, KernelModel):
+        with torch.no_grad():
+            diagonal = model.precision_tril(model.centers).diagonal(dim1=-2, dim2=-1)
+        cause += (
+            f"; the narrowest kernel has standard deviation about {1 / float(diagonal.max()):.2g}: "
+            "if training points are centres, exclude each at itself, otherwise lower lr"
+        )
+    raise FloatingPointError(f"training stopped at step {step}: {cause}")
+
+
+def fit_kernel_model(
+    x: Float[Tensor, "n d"],
+    *,
+    centers: int | Float[Tensor, "N d"] = 1000,
+    leave_one_out: bool = False,
+    held_out: Float[Tensor, "m d"] | None = None,
+    hidden: Sequence[int] = (64,) * 5,
+    steps: int = 2000,
+    generator: torch.Generator | None = None,
+    **options,
+) -> KernelModel:
+    """Algorithm 1 on the samples x, without ever scoring a centre at itself.
+
+    Args:
+        x: (n, d), distinct samples of the law to learn, float32 or float64.
+        centers: number of centres, drawn from x at random, or the centres themselves, (N, d).
+        leave_one_out: train on all points, each point that is a centre scored by the others; if
+            False, the points that are centres are not trained on (disjoint).
+        held_out: (m, d), points on which the objective is recorded.
+        hidden: widths of the network's hidden layers.
+        steps: number of Adam steps.
+        generator: source of the centres, the initial weights and the batches.
+        options: further arguments of `fit`.
+
+    Raises:
+        TypeError, ValueError: x is not a floating matrix of distinct finite points that vary in
+            each coordinate, or there are not fewer centres than points.
+    """
+    x = checked_sample_set("x", x)
+    generator = make_generator(generator, x.device)
+    if isinstance(centers, int):
+        if not 2 <= centers < len(x):
+            raise ValueError(
+                f"centers must be at least 2 and fewer than the points, got {centers} centres for "
+                f"{len(x)} points: ask for fewer, or bring more points"
+            )
+        order = torch.randperm(len(x), generator=generator, device=x.device)
+        centers = x[order[:centers]]
+    else:
+        checked_points("centers", centers, x.shape[1])
+    model = KernelModel(centers, hidden=hidden, generator=generator)
+    exclude = _index_of_equal_row(x, model.centers)
+    if not leave_one_out:
+        x, exclude = x[exclude < 0], None
+        if len(x) == 0:
+            raise ValueError(
+                "x must have points that are not centres, but all of them are: ask for fewer "
+                "centres, or for leave_one_out=True"
+            )
+    loss = kernel_loss(exclude)
+    fit(model, x, steps=steps, loss=loss, held_out=held_out, generator=generator, **options)
+    return model
+
+
+def _index_of_equal_row(x: Tensor, rows: Tensor) -> Tensor:
+    """For each row of x the index of the equal row among `rows`, or -1: (n,)."""
+    _, label = torch.unique(torch.cat([rows, x]), dim=0, return_inverse=True)
+    index = label.new_full((int(label.max()) + 1,), -1)
+    index[label[: len(rows)]] = torch.arange(len(rows), device=x.device)
+    return index[label[len(rows) :]]

@@ -1,0 +1,128 @@
+r"""The WPO-informed kernel model: eq. (25) with a network for the local precisions.
+
+Chapter: *Algorithm 1* (``book/algorithm.md``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from scipy.spatial import KDTree
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from wpo_notes._checks import checked_positive, checked_sample_set, make_generator
+from wpo_notes._files import load_tensors, save_tensors
+from wpo_notes._network import perceptron
+from wpo_notes.mixture import GaussianMixture
+
+__all__ = ["KernelModel"]
+
+_FLOOR = (
+    1e-3  # of a factor's diagonal, relative to its start: the widest kernel is 1000 times wider
+)
+
+
+class KernelModel(nn.Module):
+    r"""Gaussian mixture on given centres whose precisions a network gives, Section 4.2.
+
+    The network :math:`\psi_\theta: \R^d \to \R^{d(d+1)/2}` gives the entries of the lower Cholesky
+    factor, :math:`\Gamma_\theta(z) = L_\theta(z) L_\theta(z)^\top`. It sees standardised
+    coordinates, and the factor is relative to the initial width, so that the model follows the
+    data's units. The diagonal is a softplus: positive, so that the factor is unique.
+
+    Args:
+        centers: (N, d), the kernel centres Z_i, a buffer; at least two, distinct.
+        hidden: widths of the hidden layers.
+        initial_std: standard deviation of every kernel before training, in standardised units; the
+            median distance from a centre to the nearest other if None.
+        generator: source of the network's initial weights; a fresh one if None.
+
+    Raises:
+        TypeError: centres that are not float32 or float64.
+        ValueError: NaN, wrong rank, too few or repeated centres, a constant column.
+    """
+
+    centers: Tensor
+    offset: Tensor
+    scale: Tensor
+    initial_std: Tensor
+
+    def __init__(
+        self,
+        centers: Float[Tensor, "N d"],
+        *,
+        hidden: Sequence[int] = (64,) * 5,
+        initial_std: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        centers = checked_sample_set("centers", centers).detach().clone()
+        d = centers.shape[1]
+        self.hidden = tuple(hidden)
+        self.register_buffer("centers", centers)
+        self.register_buffer("offset", centers.mean(0))
+        self.register_buffer("scale", centers.std(0))
+        if initial_std is None:
+            initial_std = _median_neighbour_distance((centers - self.offset) / self.scale)
+        checked_positive("initial_std", initial_std)
+        self.register_buffer("initial_std", torch.full_like(centers[0, 0], initial_std))
+        self.network = perceptron(
+            d,
+            self.hidden,
+            d * (d + 1) // 2,
+            generator=make_generator(generator, centers.device),
+            dtype=centers.dtype,
+            device=centers.device,
+        )
+
+    def precision_tril(self, z: Float[Tensor, "M d"]) -> Float[Tensor, "M d d"]:
+        """Lower Cholesky factors of the precisions at z, (M, d) -> (M, d, d), in 1 / units."""
+        d = z.shape[-1]
+        entries = self.network((z - self.offset) / self.scale)
+        row, column = torch.tril_indices(d, d, device=z.device)
+        tril = entries.new_zeros(len(z), d, d)
+        tril[:, row, column] = entries
+        diagonal = tril.diagonal(dim1=-2, dim2=-1)
+        # softplus(x + log(e - 1)) is one at zero: the network's start is the initial width.
+        positive = softplus(diagonal + 0.541324854612918) + _FLOOR
+        tril = tril + torch.diag_embed(positive - diagonal)
+        return tril / (self.initial_std * self.scale[:, None])
+
+    def forward(self) -> GaussianMixture:
+        """Mixture with the current precisions, eq. (25)."""
+        return GaussianMixture(self.centers, self.precision_tril(self.centers))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model to a safetensors file with a checksum."""
+        save_tensors(path, self.state_dict(), kind="kernel model", hidden=self.hidden)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> KernelModel:
+        """Read a model that `save` wrote, on the CPU. Runs no code from the file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged or foreign file.
+        """
+        tensors, about = load_tensors(path, kind="kernel model")
+        model = cls(
+            tensors["centers"],
+            hidden=about["hidden"],
+            initial_std=float(tensors["initial_std"]),
+        )
+        model.load_state_dict(tensors)
+        return model
+
+    def extra_repr(self) -> str:
+        """Describe the centres in ``repr``."""
+        return f"{self.centers.shape[0]} centres in {self.centers.shape[1]} dimensions"
+
+
+def _median_neighbour_distance(points: Tensor) -> float:
+    array = points.cpu().numpy()
+    distance, _ = KDTree(array).query(array, k=2)
+    return float(torch.as_tensor(distance[:, 1], device="cpu").median())
