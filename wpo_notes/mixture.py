@@ -233,7 +233,7 @@ class GaussianMixture(Distribution):
     def responsibilities(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch N"]:
         """Posterior probability of each component at x, (..., d) -> (..., N): the softmax in (29)."""
         x = self._checked(x)
-        (exponents,) = self._by_block(x, _Lifted.exponents)
+        (exponents,) = self._by_block(x, _exponents_block)
         return torch.softmax(exponents, -1)
 
     # ---- the mixture as a law ---------------------------------------------------------------
@@ -313,7 +313,7 @@ class GaussianMixture(Distribution):
         tril = _lower_factor(free)
         offset = free @ (given.mT @ (values - self.centers[:, dims])[..., None])
         centers = self.centers[:, rest] - torch.cholesky_solve(offset, tril)[..., 0]
-        (log_weights,) = self.marginal(dims)._by_block(values, _Lifted.exponents)
+        (log_weights,) = self.marginal(dims)._by_block(values, _exponents_block)
         return self._like(centers, tril, log_weights)
 
     @property
@@ -387,12 +387,12 @@ class GaussianMixture(Distribution):
         exclude: Tensor | None = None,
     ) -> list[Tensor]:
         """Log-density at x and, where asked for, score and Laplacian ratio, in that order."""
-        return self._by_block(x, _Lifted.evaluate, score, laplacian, exclude=exclude)
+        return self._by_block(x, _evaluate_block, score, laplacian, exclude=exclude)
 
     def _by_block(
         self, x: Tensor, function: Callable, *options: bool, exclude: Tensor | None = None
     ) -> list[Tensor]:
-        """Apply a method of `_Lifted` to x, cell by cell and block by block; join its results."""
+        """Apply a function to x, cell by cell and block by block; join its results."""
         x = self._checked(x)
         points = x.reshape(-1, x.shape[-1])
         if exclude is not None:
@@ -407,10 +407,12 @@ class GaussianMixture(Distribution):
             if cell.dtype not in precision:
                 tril = self.precision_tril.to(cell.dtype)
                 precision[cell.dtype] = tril @ tril.mT
-            lifted = self._lift(precision[cell.dtype], cell, *options)
+            side = (self._lift if cell.lifted else self._differ)(
+                precision[cell.dtype], cell, *options
+            )
             for index in cell.index.split(rows):
                 excluded = None if exclude is None else exclude[index]
-                arguments = (lifted, points[index].to(cell.dtype), excluded)
+                arguments = (side, points[index].to(cell.dtype), excluded)
                 blocks.append(
                     checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
                     if recompute
@@ -429,15 +431,10 @@ class GaussianMixture(Distribution):
         self, precision: Tensor, cell: _Cell, score: bool = False, laplacian: bool = False
     ) -> _Lifted:
         """Centres' side of the lifted form about the cell's origin, eq. (33)."""
-        tril = self.precision_tril.to(cell.dtype)
-        log_weights = self.log_weights.to(cell.dtype)
         centers = self.centers.to(cell.dtype) - cell.origin
-        d = centers.shape[1]
         pulled = (precision * centers[:, None]).sum(-1)  # Gamma_i Z_i
-        log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = log_weights + log_det - 0.5 * d * math.log(2 * math.pi)
         weight = torch.cat([-0.5 * _packed(precision), pulled], -1)
-        bias = constant - 0.5 * (pulled * centers).sum(-1)
+        bias = self._log_scale(cell.dtype) - 0.5 * (pulled * centers).sum(-1)
         values = []
         if score:
             values += [precision[:, *_packing(precision)], pulled]
@@ -451,6 +448,18 @@ class GaussianMixture(Distribution):
             ]
         value = torch.cat(values, -1) if values else None
         return _Lifted(cell.origin, weight, bias, value, score, laplacian)
+
+    def _differ(
+        self, precision: Tensor, cell: _Cell, score: bool = False, laplacian: bool = False
+    ) -> _Differences:
+        centers = self.centers.to(cell.dtype)
+        return _Differences(centers, precision, self._log_scale(cell.dtype), score, laplacian)
+
+    def _log_scale(self, dtype: torch.dtype) -> Tensor:
+        """Log of weight times normalisation of each component, (N,)."""
+        log_det = self.precision_tril.to(dtype).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = 0.5 * self.centers.shape[1] * math.log(2 * math.pi)
+        return self.log_weights.to(dtype) + log_det - constant
 
     def _checked_exclude(self, exclude: Tensor, x: Tensor) -> Tensor:
         count = self.centers.shape[0]
@@ -475,6 +484,7 @@ class _Cell(NamedTuple):
     index: Tensor  # (m,)
     origin: Tensor  # (d,)
     dtype: torch.dtype  # float64 where float32 would lose too much
+    lifted: bool  # False where the lifted form would lose too much even in float64
 
 
 @torch.no_grad()
@@ -482,13 +492,13 @@ def _cells(points: Tensor, tril: Tensor) -> list[_Cell]:
     """Group points into cells small enough for the lifted form's rounding error.
 
     Splitting stops paying where a cell has few points, since each lifts all centres anew: there
-    float32 goes over to float64, and float64 splits on, down to single points.
+    float32 goes over to float64, and where that is not enough, differences are taken instead.
     """
     everything = torch.arange(len(points), device=points.device)
     points = points.detach()
     if len(points) <= 1:
         # The sum is the point itself, or zero if there is none (and it works inside vmap).
-        return [_Cell(everything, points.sum(0).double(), torch.float64)]
+        return [_Cell(everything, points.sum(0).double(), torch.float64, True)]
     precision = tril.detach() @ tril.detach().mT
     norm = float(precision.abs().sum(-1).max())
     # largest radius of a cell in the points' dtype, and in float64 for float32's tolerance
@@ -504,9 +514,9 @@ def _cells(points: Tensor, tril: Tensor) -> list[_Cell]:
         origin, reach = low + 0.5 * extent, 0.5 * float(extent.norm())
         # "not greater", so that NaN, which no cell is small enough for, is not split
         exact = not reach > radius
-        if exact or (len(index) <= _SMALLEST_CELL and not reach > double_radius):
+        if exact or len(index) <= _SMALLEST_CELL:
             dtype = points.dtype if exact and len(index) > 1 else torch.float64
-            cells.append(_Cell(index, origin, dtype))
+            cells.append(_Cell(index, origin, dtype, not reach > double_radius))
             continue
         order = points[index, int(extent.argmax())].argsort()
         waiting += index[order].tensor_split(2)
@@ -523,42 +533,89 @@ class _Lifted(NamedTuple):
     score: bool  # whether the values hold Gamma and Gamma Z
     laplacian: bool  # whether they hold the coefficients of |Gamma (x - Z)|^2 - Tr Gamma
 
-    def exponents(self, points: Tensor, exclude: Tensor | None = None) -> tuple[Tensor]:
+    def exponents(self, points: Tensor) -> Tensor:
         """Log of weight times Gaussian for each point and centre, (M, N), eq. (28)."""
         points = points - self.origin
-        lifted = torch.cat([_products(points), points], -1)
-        exponents = torch.addmm(self.bias, lifted, self.weight.mT)
-        if exclude is not None:
-            excluded = torch.zeros_like(exponents, dtype=torch.bool).scatter_(
-                1, exclude.clamp(min=0)[:, None], (exclude >= 0)[:, None]
-            )
-            exponents = exponents.masked_fill(excluded, -math.inf)
-        return (exponents,)
+        return torch.addmm(self.bias, _lift_points(points), self.weight.mT)
 
-    def evaluate(self, points: Tensor, exclude: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Log-density (without renormalising for `exclude`), score, Laplacian ratio."""
-        (exponents,) = self.exponents(points, exclude)
-        top = exponents.detach().amax(1, keepdim=True)
-        left_out = exponents == -math.inf if exclude is not None else None
-        terms = (exponents - top).clamp(min=_EXPONENT_FLOOR[exponents.dtype]).exp()
-        if left_out is not None:
-            terms = terms.masked_fill(left_out, 0)  # the clamp had lifted them from zero
-        total = terms.sum(1, keepdim=True)
-        results = [(top + total.log())[:, 0]]
+    def averages(self, points: Tensor, terms: Tensor, total: Tensor) -> list[Tensor]:
+        """Score and Laplacian ratio, where asked for; terms / total is the softmax, (M, N)."""
         if self.value is None:
-            return tuple(results)
+            return []
         points = points - self.origin
         d = points.shape[1]
         mean = terms @ self.value / total
+        results = []
         if self.score:
-            # sum_i w_i Gamma_i (Z_i - x), with the softmax weights w
+            # sum_i w_i Gamma_i (Z_i - x)
             packed, pulled, mean = mean.tensor_split((d * (d + 1) // 2, d * (d + 3) // 2), 1)
             results.append(pulled - (_unpacked(packed, d) * points[:, None]).sum(-1))
         if self.laplacian:
             # sum_i w_i (|Gamma_i (x - Z_i)|^2 - Tr Gamma_i), eq. (31), multiplied out in x
-            lifted = torch.cat([_products(points), points, torch.ones_like(points[:, :1])], -1)
+            lifted = torch.cat([_lift_points(points), torch.ones_like(points[:, :1])], -1)
             results.append((lifted * mean).sum(-1))
-        return tuple(results)
+        return results
+
+
+class _Differences(NamedTuple):
+    """The same by differences, coordinate by coordinate: slower, and exact for any width."""
+
+    centers: Tensor  # (N, d)
+    precision: Tensor  # (N, d, d)
+    log_scale: Tensor  # (N,)
+    score: bool
+    laplacian: bool
+
+    def _pulled(self, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Coordinates of x - Z_i and of Gamma_i (x - Z_i), each (M, N)."""
+        coordinates = range(points.shape[1])
+        offset = [points[:, k, None] - self.centers[:, k] for k in coordinates]
+        pulled = [
+            sum(self.precision[:, k, m] * offset[m] for m in coordinates) for k in coordinates
+        ]
+        return offset, pulled
+
+    def exponents(self, points: Tensor) -> Tensor:
+        pairs = zip(*self._pulled(points), strict=True)
+        return self.log_scale - 0.5 * sum(offset * pulled for offset, pulled in pairs)
+
+    def averages(self, points: Tensor, terms: Tensor, total: Tensor) -> list[Tensor]:
+        weights = terms / total
+        _, pulled = self._pulled(points)
+        results = []
+        if self.score:
+            results.append(-torch.stack([(weights * part).sum(1) for part in pulled], -1))
+        if self.laplacian:
+            trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
+            square = sum(part.square() for part in pulled)
+            results.append((weights * (square - trace)).sum(1))
+        return results
+
+
+def _exponents_block(
+    side: _Lifted | _Differences, points: Tensor, exclude: Tensor | None
+) -> tuple[Tensor]:
+    exponents = side.exponents(points)
+    if exclude is not None:
+        excluded = torch.zeros_like(exponents, dtype=torch.bool).scatter_(
+            1, exclude.clamp(min=0)[:, None], (exclude >= 0)[:, None]
+        )
+        exponents = exponents.masked_fill(excluded, -math.inf)
+    return (exponents,)
+
+
+def _evaluate_block(
+    side: _Lifted | _Differences, points: Tensor, exclude: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Log-density (without renormalising for `exclude`), score, Laplacian ratio."""
+    (exponents,) = _exponents_block(side, points, exclude)
+    top = exponents.detach().amax(1, keepdim=True)
+    left_out = exponents == -math.inf if exclude is not None else None
+    terms = (exponents - top).clamp(min=_EXPONENT_FLOOR[exponents.dtype]).exp()
+    if left_out is not None:
+        terms = terms.masked_fill(left_out, 0)  # the clamp had lifted them from zero
+    total = terms.sum(1, keepdim=True)
+    return (top + total.log())[:, 0], *side.averages(points, terms, total)
 
 
 def _packing(like: Tensor) -> Tensor:
@@ -567,14 +624,14 @@ def _packing(like: Tensor) -> Tensor:
     return torch.triu_indices(d, d, device=like.device)
 
 
-def _products(points: Tensor) -> Tensor:
-    """The x_k x_l of eq. (32), k <= l, each once: (M, d) -> (M, d (d + 1) / 2)."""
+def _lift_points(points: Tensor) -> Tensor:
+    """T(x) of eq. (32), each product x_k x_l once, k <= l: (M, d) -> (M, d (d + 1) / 2 + d)."""
     row, column = _packing(points)
-    return points[:, row] * points[:, column]
+    return torch.cat([points[:, row] * points[:, column], points], -1)
 
 
 def _packed(matrix: Tensor) -> Tensor:
-    """Coefficients of x' S x in `_products(x)` for symmetric S: (N, d, d) -> (N, d (d + 1) / 2)."""
+    """Coefficients of x' S x in the products of `_lift_points` for symmetric S: (N, d, d) -> (N, d (d + 1) / 2)."""
     row, column = _packing(matrix)
     return matrix[:, row, column] * (2 - (row == column).to(matrix.dtype))
 

@@ -1,0 +1,991 @@
+"""GaussianMixture against torch.distributions, SciPy, automatic differentiation and quadrature."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import logsumexp
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wpo_notes import mixture as module
+from wpo_notes.mixture import GaussianMixture
+
+F64 = torch.float64
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters(
+    n: int, d: int, *, std=0.5, ratio=1.0, offset=0.0, spread=3.0, dtype=F64, seed=0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centres, rotated factors with axes std and ratio * std, unequal log-weights."""
+    generator = seeded(seed)
+    centers = offset + spread * (2 * torch.rand(n, d, generator=generator, dtype=F64) - 1)
+    axes = torch.linalg.qr(torch.randn(n, d, d, generator=generator, dtype=F64)).Q
+    deviations = std * ratio ** torch.linspace(0, 1, d, dtype=F64)
+    tril = torch.linalg.cholesky(axes @ (deviations**-2).diag() @ axes.mT)
+    log_weights = torch.randn(n, generator=generator, dtype=F64)
+    return centers.to(dtype), tril.to(dtype), log_weights.to(dtype)
+
+
+def make(n: int, d: int, **options) -> GaussianMixture:
+    centers, tril, log_weights = parameters(n, d, **options)
+    return GaussianMixture(centers, tril, log_weights=log_weights)
+
+
+def differences(mixture: GaussianMixture, x: torch.Tensor):
+    """Log-density, score and Laplacian ratio from differences x - Z in float64, nothing multiplied out."""
+    centers, tril, log_weights, x = (
+        part.double() for part in (mixture.centers, mixture.precision_tril, mixture.log_weights, x)
+    )
+    log_weights = log_weights.log_softmax(0)
+    precision = tril @ tril.mT
+    difference = x[:, None] - centers
+    whitened = torch.einsum("nji,mnj->mni", tril, difference)
+    pulled = torch.einsum("nij,mnj->mni", precision, difference)
+    log_det = tril.diagonal(dim1=1, dim2=2).log().sum(1)
+    exponents = log_weights + log_det - 0.5 * whitened.square().sum(-1)
+    exponents = exponents - 0.5 * x.shape[1] * math.log(2 * math.pi)
+    weights = exponents.softmax(1)[..., None]
+    laplacians = pulled.square().sum(-1) - precision.diagonal(dim1=1, dim2=2).sum(1)
+    return (
+        exponents.logsumexp(1),
+        -(weights * pulled).sum(1),
+        (weights[..., 0] * laplacians).sum(1),
+    )
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest error of vectors (M, d) relative to their norms."""
+    return float(((a.double() - b).norm(dim=-1) / b.norm(dim=-1)).max())
+
+
+# ---- float64 against other authorities ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_log_prob_matches_scipy_and_torch(d):
+    mixture = make(7, d)
+    x = 2 * torch.randn(50, d, generator=seeded(1), dtype=F64)
+    covariance = torch.linalg.inv(mixture.precision_tril @ mixture.precision_tril.mT)
+    logs = [
+        weight + scipy.stats.multivariate_normal(center, cov).logpdf(x.numpy())
+        for weight, center, cov in zip(
+            mixture.log_weights.numpy(), mixture.centers.numpy(), covariance.numpy(), strict=True
+        )
+    ]
+    np.testing.assert_allclose(mixture.log_prob(x), logsumexp(logs, axis=0), atol=1e-10)
+    torch.testing.assert_close(
+        mixture.log_prob(x), mixture.to_torch().log_prob(x), atol=1e-10, rtol=0
+    )
+    responsibilities = mixture.responsibilities(x)
+    np.testing.assert_allclose(
+        responsibilities, np.exp(logs - logsumexp(logs, axis=0)).T, atol=1e-10
+    )
+    torch.testing.assert_close(responsibilities.sum(-1), torch.ones(50, dtype=F64))
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_score_and_laplacian_match_autodiff(d):
+    mixture = make(7, d)
+    reference = mixture.to_torch()
+    x = 2 * torch.randn(40, d, generator=seeded(1), dtype=F64)
+
+    def log_prob(point):
+        return reference.log_prob(point)
+
+    reference._validate_args = reference.component_distribution._validate_args = False
+    score = torch.func.vmap(torch.func.grad(log_prob))(x)
+    hessian = torch.func.vmap(torch.func.hessian(log_prob))(x)
+    divergence = hessian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    torch.testing.assert_close(mixture.score(x), score, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(mixture.score_divergence(x), divergence, atol=1e-9, rtol=1e-10)
+    torch.testing.assert_close(
+        mixture.laplacian_ratio(x), divergence + score.square().sum(-1), atol=1e-9, rtol=1e-10
+    )
+    for got, expected in zip(
+        (*mixture.log_prob_and_score(x), *mixture.score_and_laplacian_ratio(x)),
+        (mixture.log_prob(x), mixture.score(x), mixture.score(x), mixture.laplacian_ratio(x)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_score_divergence_matches_jacobian_of_score(d):
+    centers, tril, log_weights = parameters(6, d)
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights, validate_args=False)
+    x = torch.randn(9, d, generator=seeded(1), dtype=F64)
+    jacobian = torch.func.vmap(torch.func.jacrev(mixture.score))(x)
+    expected = jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    torch.testing.assert_close(mixture.score_divergence(x), expected, atol=1e-10, rtol=1e-10)
+    hessian = torch.func.vmap(torch.func.hessian(mixture.log_prob))(x)
+    torch.testing.assert_close(hessian, jacobian, atol=1e-10, rtol=1e-10)
+    tangent = torch.ones_like(x)
+    _, along = torch.func.jvp(mixture.score, (x,), (tangent,))
+    torch.testing.assert_close(along, jacobian.sum(-1), atol=1e-10, rtol=1e-10)
+
+
+def test_batch_shapes():
+    mixture = make(4, 2)
+    x = torch.randn(3, 5, 2, generator=seeded(1), dtype=F64)
+    flat = x.reshape(15, 2)
+    assert torch.equal(mixture.log_prob(x).reshape(15), mixture.log_prob(flat))
+    assert torch.equal(mixture.score(x).reshape(15, 2), mixture.score(flat))
+    assert mixture.responsibilities(x).shape == (3, 5, 4)
+    torch.testing.assert_close(mixture.log_prob(x[1, 2]), mixture.log_prob(x)[1, 2])
+    torch.testing.assert_close(mixture.score(x[1, 2]), mixture.score(x)[1, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_no_points(dtype):
+    mixture = make(4, 2, dtype=dtype)
+    x = torch.zeros(0, 2, dtype=dtype)
+    assert mixture.log_prob(x).shape == (0,)
+    assert mixture.score(x).shape == (0, 2)
+    assert mixture.laplacian_ratio(x.reshape(3, 0, 2)).shape == (3, 0)
+    assert mixture.responsibilities(x).shape == (0, 4)
+    assert mixture.score(x).dtype == dtype
+
+
+def test_one_centre_is_a_normal_law():
+    mixture = GaussianMixture.from_variance(torch.tensor([[1.0, 2.0]], dtype=F64), 4.0)
+    x = torch.tensor([[3.0, 2.0], [1.0, 2.0]], dtype=F64)
+    torch.testing.assert_close(mixture.score(x), (mixture.centers - x) / 4)
+    torch.testing.assert_close(mixture.score_divergence(x), torch.full((2,), -0.5, dtype=F64))
+    torch.testing.assert_close(
+        mixture.log_prob(x), torch.tensor([-0.5, 0.0], dtype=F64) - math.log(8 * math.pi)
+    )
+
+
+def test_float32_stays_float32():
+    mixture = make(4, 2, dtype=torch.float32)
+    x = torch.randn(5, 2, generator=seeded())
+    for value in (
+        mixture.log_prob(x),
+        mixture.score(x),
+        mixture.laplacian_ratio(x),
+        mixture.responsibilities(x),
+        mixture.sample((2,)),
+        mixture.diffuse(0.1).precision_tril,
+        mixture.marginal([0]).precision_tril,
+        mixture.conditional([0], x[0, :1]).centers,
+        mixture.covariance_matrix,
+    ):
+        assert value.dtype == torch.float32
+
+
+# ---- rounding: float32, narrow kernels, far points --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("std", "ratio", "offset", "d"),
+    [
+        (0.02, 1, 100, 2),
+        (0.02, 20, 100, 2),
+        (0.02, 20, 100, 5),
+        (0.002, 1, 100, 2),
+        (0.002, 500, 0, 2),
+        (0.002, 500, 0, 6),
+        (0.02, 10, 1000, 2),
+        (1e-4, 1, 3, 2),
+        (1.0, 1, 0, 2),
+    ],
+)
+def test_float32_error(std, ratio, offset, d):
+    # Required: 2e-2 in log-density and 2e-3 relative in the score at (std .02, offset 100). Measured:
+    # below 8e-7 nats, 7e-8 in the score and 5e-7 in the Laplacian ratio (relative to tr Gamma) in all
+    # rows but the last, which stays in float32: 2e-6, 2e-5 and 2e-5.
+    mixture = make(300, d, std=std, ratio=ratio, offset=offset, dtype=torch.float32)
+    x = mixture.sample((1000,), generator=seeded(1))
+    log_prob, score, ratio_ = differences(mixture, x)
+    scale = mixture.precision_tril.double().square().sum((1, 2)).max()
+    assert float((mixture.log_prob(x) - log_prob).abs().max()) < 1e-5
+    error = (mixture.score(x) - score).norm(dim=1)
+    assert float((error / (score.norm(dim=1) + 1e-3 * scale.sqrt())).max()) < 5e-5
+    assert float((mixture.laplacian_ratio(x) - ratio_).abs().max() / scale) < 5e-5
+
+
+def test_float32_score_is_relative_to_its_own_norm():
+    mixture = make(300, 2, std=0.02, offset=100, dtype=torch.float32)
+    x = mixture.sample((1000,), generator=seeded(1))
+    assert relative(mixture.score(x), differences(mixture, x)[1]) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("deviations", [1e3, 1e4, 1e5, 1e6])
+def test_far_points(dtype, deviations):
+    mixture = make(50, 2, std=0.02, ratio=5, dtype=dtype)
+    direction = torch.nn.functional.normalize(torch.randn(60, 2, generator=seeded(1)), dim=1)
+    x = mixture.centers[0] + 0.02 * deviations * direction.to(dtype)
+    log_prob, score, ratio = differences(mixture, x)
+    # Nothing better than rounding the result can be had: eps relative, with room for a few roundings.
+    tolerance = 30 * torch.finfo(dtype).eps
+    for points, index in [(x, slice(None)), (x[7], 7)]:
+        torch.testing.assert_close(
+            mixture.log_prob(points).double(), log_prob[index], rtol=tolerance, atol=1e-9
+        )
+        torch.testing.assert_close(
+            mixture.score(points).double(), score[index], rtol=100 * tolerance, atol=1e-6
+        )
+        torch.testing.assert_close(
+            mixture.laplacian_ratio(points).double(), ratio[index], rtol=100 * tolerance, atol=1e-6
+        )
+
+
+def test_far_narrow_kernel_does_not_leak_through_the_clamp():
+    # At x the narrow kernel weighs exp(-5e13), but its |Gamma (x - Z)|^2 is 1e26: clamped at exp(-80)
+    # in float64 it would add 2e-9 to the Laplacian ratio of the wide kernel.
+    tril = torch.diag_embed(torch.tensor([[1e6], [1.0]], dtype=F64))
+    mixture = GaussianMixture(torch.tensor([[-10.0], [0.0]], dtype=F64), tril)
+    torch.testing.assert_close(
+        mixture.laplacian_ratio(torch.zeros(1, 1, dtype=F64)),
+        torch.tensor([-1.0], dtype=F64),
+        atol=1e-12,
+        rtol=0,
+    )
+
+
+def test_narrow_float64_kernels_are_as_exact_as_differences():
+    mixture = make(40, 2, std=1e-6)
+    x = mixture.sample((100,), generator=seeded(1))
+    x = torch.cat([x, mixture.centers + 1e-6])
+    assert [cell.lifted for cell in module._cells(x, mixture.precision_tril)] == [False]
+    log_prob, score, ratio = differences(mixture, x)
+    torch.testing.assert_close(mixture.log_prob(x), log_prob, atol=1e-9, rtol=0)
+    assert relative(mixture.score(x), score) < 1e-10
+    torch.testing.assert_close(mixture.laplacian_ratio(x), ratio, atol=1e-10 * 1e12, rtol=1e-10)
+
+
+def cell_dtypes(x: torch.Tensor, std: float) -> list[torch.dtype]:
+    cells = module._cells(x, torch.eye(2, dtype=x.dtype)[None] / std)
+    indices = torch.cat([cell.index for cell in cells])
+    assert torch.equal(indices.sort().values, torch.arange(len(x)))
+    for cell in cells:  # each point is within the bound that was promised
+        if not cell.lifted:
+            continue
+        bound = module._ROUNDING[x.dtype] / torch.finfo(cell.dtype).eps * std**2
+        assert (x[cell.index] - cell.origin).square().sum(-1).max() <= bound * (1 + 1e-5)
+    return [cell.dtype for cell in cells]
+
+
+def test_cells():
+    x = torch.rand(2000, 2, generator=seeded())
+    assert cell_dtypes(x, 1.0) == [torch.float32]
+    assert cell_dtypes(x.double(), 1.0) == [F64]
+    split = cell_dtypes(x, 0.01)
+    assert len(split) == 4
+    assert set(split) == {torch.float32}
+    # too narrow for float32 in cells of a useful size
+    assert cell_dtypes(x, 1e-3) == 8 * [F64]
+    # float32 points in [0, 1), kernels for which even float64 about one origin would lose 3e-4 nats
+    narrow = module._cells(x, torch.eye(2)[None] / 1e-8)
+    assert not any(cell.lifted for cell in narrow)
+    assert len(narrow) == 8
+    assert cell_dtypes(x[:1], 1e-8) == [F64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_split_cells_come_back_in_order(dtype):
+    mixture = make(20, 2, std=1e-3, dtype=dtype)
+    x = mixture.sample((700,), generator=seeded(1))
+    assert len(module._cells(x, mixture.precision_tril)) > 1
+    one_by_one = torch.stack([mixture.log_prob(point) for point in x[:50]])
+    torch.testing.assert_close(mixture.log_prob(x)[:50], one_by_one, atol=1e-5, rtol=1e-6)
+
+
+def test_nan_is_passed_on_without_splitting():
+    centers, tril, _ = parameters(3, 2)
+    mixture = GaussianMixture(centers, tril * math.nan, validate_args=False)
+    x = torch.zeros(5, 2, dtype=F64)
+    assert mixture.log_prob(x).isnan().all()
+    assert len(module._cells(x, mixture.precision_tril)) == 1
+    assert len(module._cells(x * math.nan, tril)) == 1
+
+
+# ---- gradients and memory -------------------------------------------------------------------
+
+
+FUNCTIONS = ("log_prob", "score", "laplacian_ratio")
+
+
+def differentiable(n: int = 3, d: int = 2, points: int = 4):
+    centers, tril, log_weights = parameters(n, d, std=0.7, ratio=2)
+    x = torch.randn(points, d, generator=seeded(1), dtype=F64)
+    return [part.requires_grad_() for part in (x, centers, tril, log_weights)]
+
+
+def evaluated(name: str):
+    def function(x, centers, tril, log_weights):
+        mixture = GaussianMixture(centers, tril.tril(), log_weights=log_weights)
+        return getattr(mixture, name)(x)
+
+    return function
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients(name):
+    assert gradcheck(evaluated(name), differentiable())
+
+
+def test_gradients_of_narrow_cells():
+    x, centers, tril, log_weights = differentiable(n=2, points=3)
+    tril = (tril.detach() * 1e4).requires_grad_()
+    assert [cell.lifted for cell in module._cells(x, tril)] == [False]
+    x = (centers.detach()[[0, 0, 1]] + 1e-4).requires_grad_()
+    reference = torch.autograd.grad(
+        differences(GaussianMixture(centers, tril.tril(), log_weights=log_weights), x)[0].sum(),
+        (x, centers, tril, log_weights),
+    )
+    got = torch.autograd.grad(
+        evaluated("log_prob")(x, centers, tril, log_weights).sum(), (x, centers, tril, log_weights)
+    )
+    for ours, theirs in zip(got, reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives():
+    x, *rest = differentiable()
+    assert gradgradcheck(
+        lambda x: evaluated("log_prob")(x, *(part.detach() for part in rest)), (x,)
+    )
+
+
+def test_gradients_with_excluded_centres():
+    x, *rest = differentiable()
+    exclude = torch.tensor([0, -1, 2, 1])
+
+    def function(*arguments):
+        x, centers, tril, log_weights = arguments
+        mixture = GaussianMixture(centers, tril.tril(), log_weights=log_weights)
+        return mixture.score_and_laplacian_ratio(x, exclude=exclude)
+
+    assert gradcheck(function, (x, *rest))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_recomputed_blocks_agree(name, monkeypatch):
+    arguments = differentiable(n=5, points=40)
+    values = evaluated(name)(*arguments)
+    cotangent = torch.randn(values.shape, generator=seeded(2), dtype=F64)
+    gradients = torch.autograd.grad(values, arguments, cotangent)
+    calls = []
+    original = module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 15)
+    monkeypatch.setattr(module, "_KEPT_BLOCKS", 2)
+    blocked = evaluated(name)(*arguments)
+    assert len(calls) == 14  # blocks of 3 points
+    torch.testing.assert_close(blocked, values, rtol=1e-13, atol=1e-13)
+    for ours, theirs in zip(
+        torch.autograd.grad(blocked, arguments, cotangent), gradients, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated(name)(*arguments), values, rtol=1e-13, atol=1e-13)
+    assert not calls
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, torch.Tensor) and not part._is_view():
+                self.elements = max(self.elements, part.numel())
+        return result
+
+
+def test_memory_is_bounded():
+    n, m, d = 2000, 3000, 6
+    mixture = make(n, d, dtype=torch.float32)
+    x = mixture.sample((m,), generator=seeded(1))
+    assert m * n > 5 * module._BLOCK_ELEMENTS
+    for name in FUNCTIONS:
+        with LargestTensor() as largest:
+            getattr(mixture, name)(x)
+        assert largest.elements <= module._BLOCK_ELEMENTS < m * n * d / 30
+    with LargestTensor() as largest:  # the recorder does see what a naive evaluation makes
+        mixture.centers[:, None] - x[:50]
+    assert largest.elements == n * 50 * d
+
+
+# ---- leaving a centre out --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("std", "dtype"), [(0.5, F64), (1e-6, F64), (0.02, torch.float32)])
+def test_exclude_removes_the_centre(std, dtype):
+    centers, tril, log_weights = parameters(6, 2, std=std, dtype=dtype)
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    x = torch.cat([centers, centers[:2]])
+    exclude = torch.tensor([0, 1, 2, 3, 4, 5, -1, 3])
+    score, ratio = mixture.score_and_laplacian_ratio(x, exclude=exclude)
+    for row, index in enumerate(exclude.tolist()):
+        kept = [i for i in range(6) if i != index]
+        without = GaussianMixture(centers[kept], tril[kept], log_weights=log_weights[kept])
+        torch.testing.assert_close(score[row], without.score(x[row]), rtol=1e-5, atol=1e-10)
+        torch.testing.assert_close(
+            ratio[row], without.laplacian_ratio(x[row]), rtol=1e-5, atol=1e-10
+        )
+    nothing = mixture.score_and_laplacian_ratio(x, exclude=torch.full((8,), -1))
+    torch.testing.assert_close(nothing[0], mixture.score(x))
+
+
+def test_exclude_keeps_batch_shape():
+    mixture = make(6, 2)
+    x = mixture.centers.reshape(2, 3, 2)
+    exclude = torch.arange(6).reshape(2, 3)
+    score, ratio = mixture.score_and_laplacian_ratio(x, exclude=exclude)
+    flat, _ = mixture.score_and_laplacian_ratio(mixture.centers, exclude=torch.arange(6))
+    assert ratio.shape == (2, 3)
+    assert torch.equal(score.reshape(6, 2), flat)
+
+
+def test_exclude_errors():
+    mixture, x = make(3, 2), torch.zeros(2, 2, dtype=F64)
+    with pytest.raises(ValueError, match=r"int64 tensor of shape \(2,\).*got torch.int32"):
+        mixture.score_and_laplacian_ratio(x, exclude=torch.zeros(2, dtype=torch.int32))
+    for values in ([0, 3], [-2, 0]):
+        with pytest.raises(ValueError, match="indices of the 3 centres, or -1 for none"):
+            mixture.score_and_laplacian_ratio(x, exclude=torch.tensor(values))
+    single = make(1, 2)
+    with pytest.raises(ValueError, match="must leave a centre"):
+        single.score_and_laplacian_ratio(x, exclude=torch.tensor([-1, 0]))
+    assert single.score_and_laplacian_ratio(x, exclude=torch.tensor([-1, -1]))[0].shape == (2, 2)
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+
+def test_sample_moments():
+    mixture = make(5, 3, std=0.3, ratio=5)
+    n = 40_000
+    x = mixture.sample((n,), generator=seeded(3))
+    covariance = mixture.covariance_matrix
+    # Mahalanobis distance of the sample mean: n |.|^2 is chi squared with 3 degrees of freedom, above
+    # 30 once in a million.
+    distance = (x.mean(0) - mixture.mean) @ torch.linalg.solve(covariance, x.mean(0) - mixture.mean)
+    assert n * float(distance) < 30
+    # Each whitened second moment has standard error sqrt(kurtosis / n) < sqrt(15 / n): five of them.
+    whitened = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance), (x - mixture.mean).mT, upper=False
+    )
+    error = whitened @ whitened.mT / n - torch.eye(3, dtype=F64)
+    assert float(error.abs().max()) < 5 * math.sqrt(15 / n)
+
+
+def test_samples_have_the_law_of_each_coordinate():
+    mixture = make(4, 2, std=0.2, ratio=4)
+    x = mixture.sample((4000,), generator=seeded(5))
+    direction = torch.tensor([0.6, -0.8], dtype=F64)
+    deviation = torch.linalg.solve_triangular(
+        mixture.precision_tril, direction[:, None].expand(4, 2, 1), upper=False
+    )[..., 0].norm(dim=1)
+    weights, means = mixture.log_weights.exp().numpy(), (mixture.centers @ direction).numpy()
+
+    def cdf(value):
+        return (weights * scipy.stats.norm.cdf((value[:, None] - means) / deviation.numpy())).sum(1)
+
+    # Kolmogorov-Smirnov on a projection; the seed is fixed, and 1e-3 is no close call (p = .6).
+    assert scipy.stats.kstest((x @ direction).numpy(), cdf).pvalue > 1e-3
+    assert scipy.stats.kstest((1.05 * x @ direction).numpy(), cdf).pvalue < 1e-3
+
+
+def test_sample_generator_and_shapes():
+    mixture = make(5, 3)
+    first = mixture.sample((2, 4), generator=seeded(1))
+    assert first.shape == (2, 4, 3)
+    assert torch.equal(first, mixture.sample((2, 4), generator=seeded(1)))
+    assert not torch.equal(first, mixture.sample((2, 4), generator=seeded(2)))
+    assert mixture.sample().shape == (3,)
+    assert mixture.sample((0,)).shape == (0, 3)
+    assert mixture.sample((2, 0)).shape == (2, 0, 3)
+
+
+def test_global_random_state_is_untouched():
+    mixture = make(5, 3)
+    state = torch.get_rng_state()
+    assert not torch.equal(mixture.sample((3,)), mixture.sample((3,)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- diffusion: Proposition 4.1 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_diffuse_adds_the_variance_to_the_covariances(d):
+    centers, tril, log_weights = parameters(6, d, std=0.2, ratio=8)
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    covariance = torch.linalg.inv(tril @ tril.mT)
+    covariance = 0.5 * (covariance + covariance.mT)
+    for variance in (1e-4, 0.3, 20.0):
+        expected = GaussianMixture.from_covariance(
+            centers, covariance + variance * torch.eye(d, dtype=F64), log_weights=log_weights
+        )
+        diffused = mixture.diffuse(variance)
+        torch.testing.assert_close(
+            diffused.precision_tril, expected.precision_tril, rtol=1e-10, atol=1e-11
+        )
+        torch.testing.assert_close(diffused.log_weights, mixture.log_weights)
+        assert torch.equal(diffused.centers, centers)
+
+
+def test_diffuse_is_a_semigroup():
+    mixture = make(6, 3, ratio=4)
+    twice = mixture.diffuse(0.3).diffuse(0.7)
+    torch.testing.assert_close(
+        twice.precision_tril, mixture.diffuse(1.0).precision_tril, rtol=1e-12, atol=1e-13
+    )
+    torch.testing.assert_close(
+        mixture.diffuse(0.0).precision_tril, mixture.precision_tril, rtol=1e-14, atol=1e-14
+    )
+
+
+def test_diffuse_in_float32_keeps_the_long_axes():
+    single = make(50, 6, std=0.002, ratio=500, dtype=torch.float32)
+    double = GaussianMixture(single.centers.double(), single.precision_tril.double())
+    for variance in (1e-6, 1e-2, 1.0):
+        ours, exact = single.diffuse(variance), double.diffuse(variance)
+        torch.testing.assert_close(
+            ours.precision_tril.double(), exact.precision_tril, rtol=1e-5, atol=1e-4
+        )
+        mismatch = torch.linalg.solve_triangular(
+            ours.precision_tril.double(), exact.precision_tril, upper=False
+        ) - torch.eye(6, dtype=F64)
+        assert float(mismatch.abs().max()) < 1e-4  # 5e-2 where I + v L'L is factorised in float32
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_diffuse_solves_the_heat_equation(d):
+    mixture = make(6, d)
+    mixture._validate_args = False
+    x = torch.randn(20, d, generator=seeded(1), dtype=F64)
+    for variance in (0.0, 0.2, 3.0):
+        _, rate = torch.func.jvp(
+            lambda v: mixture.diffuse(v).log_prob(x),
+            (torch.tensor(variance, dtype=F64),),
+            (torch.ones((), dtype=F64),),
+        )
+        expected = 0.5 * mixture.diffuse(variance).laplacian_ratio(x)
+        torch.testing.assert_close(rate, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_diffuse_has_gradients_in_the_variance_with_validation_on():
+    mixture = make(4, 2)
+    x = torch.randn(3, 2, generator=seeded(1), dtype=F64)
+    variance = torch.tensor(0.4, dtype=F64, requires_grad=True)
+    assert gradcheck(lambda v: mixture.diffuse(v).log_prob(x), (variance,))
+    assert gradcheck(
+        lambda tril: (
+            mixture._like(mixture.centers, tril.tril(), mixture.log_weights).diffuse(0.3).score(x)
+        ),
+        (mixture.precision_tril.clone().requires_grad_(),),
+    )
+
+
+def test_diffuse_keeps_the_setting_of_validation():
+    mixture = make(3, 2)
+    with pytest.raises(ValueError, match="x must be finite"):
+        mixture.diffuse(0.1).score(torch.full((1, 2), math.nan, dtype=F64))
+    with pytest.raises(
+        ValueError, match=r"variance must be a non-negative finite number, got -0\.1"
+    ):
+        mixture.diffuse(-0.1)
+    with pytest.raises(ValueError, match="non-negative finite number, got nan"):
+        mixture.diffuse(torch.tensor(math.nan))
+
+
+# ---- marginals and conditionals ----------------------------------------------------------------
+
+
+def test_marginal_matches_quadrature():
+    mixture = make(3, 2, std=0.4, ratio=3, spread=1)
+    line = torch.linspace(-9, 9, 4001, dtype=F64)
+    for kept in (0, 1):
+        x = torch.linspace(-2, 2, 7, dtype=F64)
+        grid = torch.stack(torch.broadcast_tensors(x[:, None], line), -1)
+        if kept == 1:
+            grid = grid.flip(-1)
+        expected = torch.trapezoid(mixture.log_prob(grid).exp(), line)
+        marginal = mixture.marginal([kept])
+        torch.testing.assert_close(
+            marginal.log_prob(x[:, None]).exp(), expected, rtol=1e-10, atol=1e-12
+        )
+
+
+def test_marginal_and_conditional_match_the_textbook_formulas():
+    centers, tril, _ = parameters(1, 4, ratio=5)
+    mixture = GaussianMixture(centers, tril)
+    covariance = torch.linalg.inv(tril[0] @ tril[0].mT)
+    given, free = [3, 1], [0, 2]
+    values = torch.tensor([0.3, -0.7], dtype=F64)
+    marginal = mixture.marginal(given)
+    torch.testing.assert_close(
+        marginal.covariance_matrix, covariance[given][:, given], rtol=1e-10, atol=1e-12
+    )
+    torch.testing.assert_close(marginal.centers[0], centers[0, given])
+    gain = covariance[free][:, given] @ torch.linalg.inv(covariance[given][:, given])
+    conditional = mixture.conditional(given, values)
+    torch.testing.assert_close(
+        conditional.mean, centers[0, free] + gain @ (values - centers[0, given])
+    )
+    torch.testing.assert_close(
+        conditional.covariance_matrix,
+        covariance[free][:, free] - gain @ covariance[given][:, free],
+        rtol=1e-10,
+        atol=1e-12,
+    )
+
+
+def test_conditional_matches_quadrature():
+    mixture = make(4, 2, std=0.4, ratio=3, spread=1)
+    line = torch.linspace(-9, 9, 4001, dtype=F64)
+    value = torch.tensor([0.4], dtype=F64)
+    joint = mixture.log_prob(torch.stack([value.expand(4001), line], -1)).exp()
+    expected = joint / torch.trapezoid(joint, line)
+    conditional = mixture.conditional([0], value)
+    torch.testing.assert_close(
+        conditional.log_prob(line[:, None]).exp(), expected, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_marginal_and_conditional_of_narrow_kernels():
+    # Sub-blocks by QR of the factor: the condition number (2.5e11) is never squared.
+    mixture = make(10, 4, std=1e-6, ratio=5e5)
+    x = mixture.sample((20,), generator=seeded(1))
+    for point in x:
+        joint = differences(mixture, point[None])[0]
+        parts = mixture.marginal([2, 0]).log_prob(point[[2, 0]])
+        parts = parts + mixture.conditional([2, 0], point[[2, 0]]).log_prob(point[[1, 3]])
+        # Measured: at most 9e-9 (condition number times eps is 6e-5).
+        torch.testing.assert_close(parts, joint[0], rtol=0, atol=1e-6)
+
+
+def test_float32_conditional_of_narrow_kernels():
+    # A Cholesky factorisation of the precision's sub-block fails here in float32.
+    single = make(50, 6, std=1e-4, ratio=1e4, dtype=torch.float32)
+    double = GaussianMixture(single.centers.double(), single.precision_tril.double())
+    ours = single.conditional([0], single.centers[0, :1]).precision_tril.double()
+    exact = double.conditional([0], double.centers[0, :1]).precision_tril
+    mismatch = torch.linalg.solve_triangular(ours, exact, upper=False) - torch.eye(5, dtype=F64)
+    assert float(mismatch.abs().max()) < 2e-3
+
+
+def test_all_coordinates_and_errors_of_dims():
+    mixture = make(4, 3)
+    x = torch.randn(5, 3, generator=seeded(1), dtype=F64)
+    permuted = mixture.marginal([2, 0, 1])
+    torch.testing.assert_close(permuted.log_prob(x[:, [2, 0, 1]]), mixture.log_prob(x))
+    for dims in ([], [0, 0], [3], [-1]):
+        with pytest.raises(ValueError, match="dims must be distinct coordinates from 0 to 2"):
+            mixture.marginal(dims)
+        with pytest.raises(ValueError, match="dims must be distinct coordinates from 0 to 2"):
+            mixture.conditional(dims, x[0, : len(dims)])
+    with pytest.raises(ValueError, match="leave at least one coordinate free"):
+        mixture.conditional([0, 1, 2], x[0])
+    with pytest.raises(ValueError, match="values must have event size 2"):
+        mixture.conditional([0, 1], x[0])
+    with pytest.raises(TypeError, match=r"values must have the mixture's dtype torch.float64"):
+        mixture.conditional([0, 1], x[0, :2].float())
+    unchecked = inspect.unwrap(GaussianMixture.conditional)  # without the test run's shape checks
+    with pytest.raises(ValueError, match=r"values must be one point of shape \(2,\)"):
+        unchecked(mixture, [0, 1], x[:, :2])
+
+
+def test_mean_and_covariance_match_torch():
+    mixture = make(5, 3, ratio=3)
+    reference = mixture.to_torch()
+    torch.testing.assert_close(mixture.mean, reference.mean)
+    torch.testing.assert_close(mixture.variance, reference.variance)
+    torch.testing.assert_close(mixture.stddev, reference.stddev)
+    x = reference.sample((10,))
+    second = mixture.covariance_matrix + mixture.mean.outer(mixture.mean)
+    covariances = reference.component_distribution.covariance_matrix
+    outer = covariances + mixture.centers[:, :, None] * mixture.centers[:, None]
+    expected = (mixture.log_weights.exp()[:, None, None] * outer).sum(0)
+    torch.testing.assert_close(second, expected)
+    torch.testing.assert_close(mixture.log_prob(x), reference.log_prob(x))
+
+
+def test_repr():
+    assert repr(make(5, 3)) == "GaussianMixture(5 centres in 3 dimensions, torch.float64)"
+
+
+# ---- named constructors ----------------------------------------------------------------------
+
+
+def test_from_covariance():
+    centers, tril, log_weights = parameters(4, 3, ratio=3)
+    covariance = torch.cholesky_inverse(tril)
+    mixture = GaussianMixture.from_covariance(centers, covariance, log_weights=log_weights)
+    torch.testing.assert_close(mixture.precision_tril, tril)
+    shared = GaussianMixture.from_covariance(centers, covariance[0])
+    torch.testing.assert_close(shared.precision_tril, tril[:1].expand(4, 3, 3))
+    torch.testing.assert_close(shared.log_weights, torch.full((4,), -math.log(4), dtype=F64))
+
+
+def test_from_variance():
+    centers, _, log_weights = parameters(4, 3)
+    covariance = 0.3 * torch.eye(3, dtype=F64)
+    expected = GaussianMixture.from_covariance(centers, covariance, log_weights=log_weights)
+    mixture = GaussianMixture.from_variance(centers, 0.3, log_weights=log_weights)
+    torch.testing.assert_close(mixture.precision_tril, expected.precision_tril)
+    # second moment: a variance, not a standard deviation
+    torch.testing.assert_close(
+        GaussianMixture.from_variance(centers[:1], 0.3).covariance_matrix, covariance
+    )
+    variances = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64)
+    several = GaussianMixture.from_variance(centers, variances)
+    torch.testing.assert_close(several.precision_tril[:, 1, 1], variances.rsqrt())
+
+
+def test_log_weights_are_normalised():
+    centers, tril, log_weights = parameters(4, 2)
+    x = torch.zeros(1, 2, dtype=F64)
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    shifted = GaussianMixture(centers, tril, log_weights=log_weights + 500)
+    torch.testing.assert_close(mixture.log_prob(x), shifted.log_prob(x))
+    torch.testing.assert_close(mixture.log_weights.exp().sum(), torch.ones((), dtype=F64))
+
+
+# ---- properties ---------------------------------------------------------------------------------
+
+
+seeds = st.integers(0, 10_000)
+dimensions = st.integers(1, 4)
+few = settings(max_examples=25, deadline=None)
+
+
+@few
+@given(seed=seeds, d=dimensions, log_scale=st.floats(-3, 3), shift=st.floats(-50, 50))
+def test_affine_equivariance(seed, d, log_scale, shift):
+    centers, tril, log_weights = parameters(5, d, ratio=3, seed=seed)
+    scale = math.exp(log_scale)
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    moved = GaussianMixture(scale * centers + shift, tril / scale, log_weights=log_weights)
+    x = 2 * torch.randn(8, d, generator=seeded(seed), dtype=F64)
+    y = scale * x + shift
+    torch.testing.assert_close(
+        moved.log_prob(y), mixture.log_prob(x) - d * log_scale, rtol=1e-8, atol=1e-7
+    )
+    torch.testing.assert_close(scale * moved.score(y), mixture.score(x), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        scale**2 * moved.laplacian_ratio(y), mixture.laplacian_ratio(x), rtol=1e-7, atol=1e-7
+    )
+
+
+@few
+@given(seed=seeds, d=dimensions)
+def test_order_of_centres_does_not_matter(seed, d):
+    centers, tril, log_weights = parameters(6, d, seed=seed)
+    order = torch.randperm(6, generator=seeded(seed))
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    shuffled = GaussianMixture(centers[order], tril[order], log_weights=log_weights[order])
+    x = 2 * torch.randn(8, d, generator=seeded(seed), dtype=F64)
+    torch.testing.assert_close(shuffled.log_prob(x), mixture.log_prob(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(shuffled.score(x), mixture.score(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        shuffled.responsibilities(x), mixture.responsibilities(x)[:, order], rtol=1e-9, atol=1e-12
+    )
+
+
+@few
+@given(seed=seeds, d=dimensions, std=st.floats(0.05, 3))
+def test_identities_of_derivatives(seed, d, std):
+    mixture = make(5, d, std=std, ratio=3, seed=seed)
+    x = (2 * torch.randn(6, d, generator=seeded(seed), dtype=F64)).requires_grad_()
+    score = mixture.score(x)
+    (gradient,) = torch.autograd.grad(mixture.log_prob(x).sum(), x)
+    torch.testing.assert_close(score, gradient, rtol=1e-9, atol=1e-9)
+    divergence = sum(
+        torch.autograd.grad(score[:, k].sum(), x, retain_graph=True)[0][:, k] for k in range(d)
+    )
+    torch.testing.assert_close(
+        mixture.laplacian_ratio(x) - score.square().sum(-1),
+        divergence,
+        rtol=1e-8,
+        atol=1e-8 * (1 + float(score.detach().square().sum(-1).max())),
+    )
+
+
+@few
+@given(seed=seeds, log_std=st.floats(-3, 1))
+def test_mass_is_one(seed, log_std):
+    mixture = make(4, 1, std=math.exp(log_std), seed=seed)
+    x = torch.linspace(-60, 60, 60_001, dtype=F64)
+    mass = torch.trapezoid(mixture.log_prob(x[:, None]).exp(), x)
+    assert abs(float(mass) - 1) < 1e-10
+
+
+@few
+@given(seed=seeds, d=dimensions)
+def test_density_is_below_the_sum_of_the_peaks(seed, d):
+    mixture = make(5, d, ratio=3, seed=seed)
+    x = torch.cat([mixture.centers, torch.randn(6, d, generator=seeded(seed), dtype=F64)])
+    log_det = mixture.precision_tril.diagonal(dim1=1, dim2=2).log().sum(1)
+    peaks = mixture.log_weights + log_det - 0.5 * d * math.log(2 * math.pi)
+    assert (mixture.log_prob(x) <= peaks.logsumexp(0) + 1e-12).all()
+    assert (mixture.log_prob(mixture.centers) >= peaks - 1e-12).all()
+
+
+@few
+@given(seed=seeds, d=st.integers(2, 5), data=st.data())
+def test_product_rule(seed, d, data):
+    mixture = make(5, d, ratio=3, seed=seed)
+    dims = data.draw(st.lists(st.integers(0, d - 1), min_size=1, max_size=d - 1, unique=True))
+    rest = [k for k in range(d) if k not in dims]
+    x = torch.randn(d, generator=seeded(seed), dtype=F64)
+    parts = mixture.marginal(dims).log_prob(x[dims])
+    parts = parts + mixture.conditional(dims, x[dims]).log_prob(x[rest])
+    torch.testing.assert_close(parts, mixture.log_prob(x), rtol=1e-9, atol=1e-9)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def test_constructor_errors():
+    centers, tril, log_weights = parameters(3, 2)
+    upper, zero, negative, infinite = (tril.clone() for _ in range(4))
+    upper[1] = tril[1].mT
+    zero[2, 1, 1] = 0
+    negative[0, 0, 0] = -1
+    infinite[0, 0, 0] = math.inf
+    cases = [
+        (ValueError, r"lower triangular, but precision_tril\[1\].*cholesky", (centers, upper), {}),
+        (ValueError, r"positive diagonal, but precision_tril\[2\] has 0 on it", (centers, zero), {}),
+        (ValueError, r"positive diagonal, but precision_tril\[0\] has -1 on it", (centers, negative), {}),
+        (ValueError, "precision_tril must be finite", (centers, infinite), {}),
+        (ValueError, r"centers must be finite, but 6 of its 6", (centers * math.nan, tril), {}),
+        (TypeError, "centers must have dtype float32 or float64", (centers.long(), tril), {}),
+        (TypeError, "precision_tril must have dtype float32 or", (centers, tril.long()), {}),
+        (TypeError, r"centers must have dtype .* got a torch.float16", (centers.half(), tril), {}),
+        (TypeError, "precision_tril must have the centres' dtype", (centers, tril.float()), {}),
+        (ValueError, r"centers must be a matrix \(N, d\).*got shape \(2,\)", (centers[0], tril), {}),
+        (ValueError, r"N and d at least 1, got shape \(0, 2\)", (centers[:0], tril[:0]), {}),
+        (ValueError, r"N and d at least 1, got shape \(3, 0\)", (centers[:, :0], tril[:, :0, :0]), {}),
+        (ValueError, r"shape \(3, 2, 2\) for 3 centres in 2 dimensions, got \(2, 2\)", (centers, tril[0]), {}),
+        (ValueError, r"log_weights must have shape \(3,\)", (centers, tril), {"log_weights": log_weights[:2]}),
+        (TypeError, "log_weights must have the centres' dtype", (centers, tril), {"log_weights": log_weights.float()}),
+        (TypeError, "log_weights must have dtype float32", (centers, tril), {"log_weights": log_weights.long()}),
+        (ValueError, "log_weights must be finite", (centers, tril), {"log_weights": log_weights * math.nan}),
+    ]  # fmt: skip
+    for error, message, arguments, options in cases:
+        with pytest.raises(error, match=message):
+            GaussianMixture(*arguments, **options)
+
+
+def test_a_zero_weight_is_not_positive():
+    centers, tril, log_weights = parameters(3, 2)
+    log_weights[1] = -math.inf
+    with pytest.raises(ValueError, match="log_weights must be finite"):
+        GaussianMixture(centers, tril, log_weights=log_weights)
+
+
+def test_named_constructor_errors():
+    centers, tril, _ = parameters(3, 2)
+    covariance = torch.cholesky_inverse(tril)
+    asymmetric, indefinite, infinite = (covariance.clone() for _ in range(3))
+    asymmetric[1, 0, 1] += 0.5
+    indefinite[2] = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    infinite[0, 0, 0] = math.nan
+    cases = [
+        (ValueError, r"symmetric, but covariance\[1\] differs from its transpose by 0.5", asymmetric),
+        (ValueError, r"positive definite, but covariance\[2\] has smallest eigenvalue -1", indefinite),
+        (ValueError, "covariance must be finite", infinite),
+        (ValueError, r"covariance must have shape \(3, 2, 2\)", covariance[:2]),
+        (ValueError, r"covariance must have shape \(3, 2, 2\)", covariance[0, 0]),
+        (TypeError, "covariance must have dtype", covariance.long()),
+        (TypeError, "covariance must have the centres' dtype", covariance.float()),
+    ]  # fmt: skip
+    for error, message, value in cases:
+        with pytest.raises(error, match=message):
+            GaussianMixture.from_covariance(centers, value)
+    with pytest.raises(TypeError, match="centers must have dtype float32 or float64"):
+        GaussianMixture.from_covariance(centers.long(), covariance)
+    for value in (0.0, -1.0, math.nan, torch.tensor([0.1, 0.2, -0.3])):
+        with pytest.raises(ValueError, match=r"variance must be positive, got .*no density"):
+            GaussianMixture.from_variance(centers, value)
+    with pytest.raises(ValueError, match=r"a number or have shape \(3,\)"):
+        GaussianMixture.from_variance(centers, torch.ones(2))
+    with pytest.raises(ValueError, match=r"centers must be a matrix"):
+        GaussianMixture.from_variance(centers[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["log_prob", "score", "laplacian_ratio", "score_divergence", "responsibilities"]
+)
+def test_argument_errors(name):
+    method = getattr(make(3, 2), name)
+    x = torch.zeros(4, 2, dtype=F64)
+    with pytest.raises(ValueError, match=r"x must have event size 2 .* shape \(4, 3\)"):
+        method(torch.zeros(4, 3, dtype=F64))
+    with pytest.raises(TypeError, match=r"mixture's dtype torch.float64, got torch.float32"):
+        method(x.float())
+    x[2, 1] = math.inf
+    with pytest.raises(ValueError, match=r"x must be finite.*first at index \(2, 1\)"):
+        method(x)
+
+
+def test_validation_can_be_turned_off():
+    centers, tril, _ = parameters(3, 2)
+    mixture = GaussianMixture(centers, tril.mT, validate_args=False)
+    assert mixture.log_prob(torch.full((1, 2), math.nan, dtype=F64)).isnan().all()
+    assert not GaussianMixture.from_variance(centers, 0.1, validate_args=False)._validate_args
+    assert not GaussianMixture.from_covariance(
+        centers, torch.eye(2, dtype=F64), validate_args=False
+    )._validate_args
+
+
+# ---- devices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_no_tensor_is_made_on_the_default_device(dtype):
+    centers, tril, log_weights = parameters(6, 3, std=1e-3, dtype=dtype)
+    x = torch.randn(100, 3, generator=seeded(1), dtype=dtype)
+    exclude = torch.zeros(100, dtype=torch.int64)
+    covariance = torch.cholesky_inverse(tril)
+    variances = torch.full((6,), 0.2, dtype=dtype)
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta  # the trap is set
+        mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+        results = [
+            mixture.log_prob(x),
+            mixture.log_prob(x[0]),
+            *mixture.score_and_laplacian_ratio(x, exclude=exclude),
+            *mixture.log_prob_and_score(x),
+            mixture.score_divergence(x),
+            mixture.responsibilities(x),
+            mixture.sample((5,)),
+            mixture.sample((0,)),
+            mixture.diffuse(0.3).score(x),
+            mixture.diffuse(variances[0]).score(x),
+            mixture.marginal([2, 0]).sample((3,), generator=torch.Generator("cpu")),
+            mixture.conditional([1], x[0, :1]).sample((3,)),
+            mixture.mean,
+            mixture.covariance_matrix,
+            mixture.to_torch().log_prob(x),
+            GaussianMixture(centers, tril).log_weights,
+            GaussianMixture.from_variance(centers, 0.3).precision_tril,
+            GaussianMixture.from_variance(centers, variances).precision_tril,
+            GaussianMixture.from_covariance(centers, covariance[0]).precision_tril,
+        ]
+    for result in results:
+        assert result.device.type == "cpu"
+        assert result.isfinite().all()
