@@ -33,6 +33,16 @@ def test_factors_are_lower_triangular_with_positive_diagonal(d):
     assert tril.std(0).max() > 0  # the network sees its input
 
 
+def test_diagonal_stays_positive_for_any_output_of_the_network():
+    model = KernelModel(centers(), hidden=(4,))
+    last = model.network[-1]
+    for bias in (-1e20, 1e20):
+        torch.nn.init.constant_(last.bias, bias)
+        diagonal = model.precision_tril(model.centers).diagonal(dim1=-2, dim2=-1)
+        assert (diagonal > 0).all()
+        assert torch.isfinite(diagonal).all()
+
+
 def test_before_training_every_kernel_is_isotropic_in_standardised_units():
     z = centers() * torch.tensor([1.0, 10.0], dtype=torch.float64)
     model = KernelModel(z, initial_std=0.25)

@@ -89,7 +89,7 @@ class KernelModel(nn.Module):
         diagonal = tril.diagonal(dim1=-2, dim2=-1)
         # softplus(x + log(e - 1)) is one at zero: the network's start is the initial width.
         positive = softplus(diagonal + 0.541324854612918) + _FLOOR
-        tril = tril + torch.diag_embed(positive - diagonal)
+        tril = torch.diagonal_scatter(tril, positive, dim1=-2, dim2=-1)
         return tril / (self.initial_std * self.scale[:, None])
 
     def forward(self) -> GaussianMixture:
