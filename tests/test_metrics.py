@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.distributions import Independent, Normal
+
+from wpo_notes.metrics import Estimate, energy_test, kl_divergence
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(mean: float, std: float, dim: int = 2) -> Independent:
+    options = {"dtype": torch.float64}
+    return Independent(
+        Normal(torch.full((dim,), mean, **options), torch.full((dim,), std, **options)), 1
+    )
+
+
+class NormalLaw:
+    """N(0, I) in the plane."""
+
+    def sample(self, n, *, generator=None):
+        return torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+    def log_prob(self, x):
+        return normal(0.0, 1.0).log_prob(x)
+
+
+def cloud(n: int, seed: int, dim: int = 2) -> torch.Tensor:
+    return torch.randn(n, dim, generator=generator(seed), dtype=torch.float64)
+
+
+# ---- Kullback-Leibler divergence --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 1.0), (0.0, 1.4), (-1.0, 0.8)])
+def test_kl_divergence_of_normals_is_the_closed_form(mean, std):
+    exact = 2 * (math.log(std) + (1 + mean**2) / (2 * std**2) - 0.5)
+    estimate = kl_divergence(
+        NormalLaw(), normal(mean, std).log_prob, n=20_000, generator=generator()
+    )
+    assert isinstance(estimate, Estimate)
+    # Four standard errors: fails with probability 6e-5 for a right estimator.
+    assert estimate.value == pytest.approx(exact, abs=4 * estimate.error)
+    assert estimate.error < 0.1 * exact
+
+
+def test_standard_error_of_the_divergence_is_the_spread_of_its_estimates():
+    model = normal(0.5, 1.0).log_prob
+    estimates = [
+        kl_divergence(NormalLaw(), model, n=400, generator=generator(k)) for k in range(300)
+    ]
+    spread = np.std([e.value for e in estimates])
+    # A standard deviation from 300 values is known to 4 %, so this allows four of its errors.
+    assert np.mean([e.error for e in estimates]) == pytest.approx(spread, rel=0.17)
+
+
+def test_divergence_of_a_law_from_itself_is_zero_without_error():
+    estimate = kl_divergence(NormalLaw(), NormalLaw().log_prob, n=50, generator=generator())
+    assert estimate == Estimate(0.0, 0.0)
+
+
+def test_divergence_is_infinite_where_the_model_has_no_mass():
+    def half_plane(x):
+        return torch.where(x[:, 0] > 0, math.log(2) + normal(0.0, 1.0).log_prob(x), -math.inf)
+
+    assert kl_divergence(NormalLaw(), half_plane, n=50, generator=generator()).value == math.inf
+
+
+def test_divergence_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="n must be at least 2 for a standard error, got 1"):
+        kl_divergence(NormalLaw(), NormalLaw().log_prob, n=1)
+    with pytest.raises(
+        ValueError, match=r"log_prob must map points \(5, 2\) to values \(5,\), got \(5, 2\)"
+    ):
+        kl_divergence(NormalLaw(), lambda x: x, n=5)
+    with pytest.raises(ValueError, match="5 values are NaN"):
+        kl_divergence(NormalLaw(), lambda x: x[:, 0] * math.nan, n=5)
+
+
+# ---- energy test --------------------------------------------------------------------------------
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    def mean_distance(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1).mean()
+
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
+
+
+def test_p_value_tends_to_that_of_all_splits():
+    """Seven points have 35 splits into 3 and 4: enumerate them with the definition."""
+    x, y = cloud(3, 0), cloud(4, 1) + 0.8
+    pooled = torch.cat([x, y]).numpy()
+    observed = energy_distance(x.numpy(), y.numpy())
+    larger = [
+        energy_distance(pooled[list(k)], np.delete(pooled, k, 0)) >= observed - 1e-12
+        for k in combinations(range(7), 3)
+    ]
+    p = energy_test(x, y, permutations=20_000, generator=generator())
+    exact = np.mean(larger)
+    # Binomial: four standard errors.
+    assert 0 < exact < 1
+    assert p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000))
+
+
+def test_distance_agrees_with_scipy_on_the_line():
+    """SciPy's one-dimensional energy distance (a square root) gives the same permutation p-value."""
+    x, y = cloud(12, 2, 1), cloud(15, 3, 1) + 0.7
+    reference = stats.permutation_test(
+        (x[:, 0].numpy(), y[:, 0].numpy()),
+        stats.energy_distance,
+        alternative="greater",
+        n_resamples=4000,
+        rng=np.random.default_rng(0),
+    )
+    p = energy_test(x, y, permutations=4000, generator=generator())
+    # Two binomial proportions near 0.1, four standard errors of their difference: 0.027.
+    assert 0.01 < reference.pvalue < 0.5
+    assert p == pytest.approx(reference.pvalue, abs=0.045)
+
+
+def test_p_values_are_uniform_under_the_null_hypothesis():
+    values = [
+        energy_test(cloud(20, 2 * k), cloud(30, 2 * k + 1), permutations=99, generator=generator(k))
+        for k in range(300)
+    ]
+    # Each p-value is uniform on 0.01, ..., 1. The test's level at 0.1 is 30 of 300 with standard
+    # deviation 5.2: four of them.
+    assert abs(sum(p <= 0.1 for p in values) - 30) < 21
+    assert stats.kstest(values, stats.uniform.cdf).pvalue > 1e-3
+    assert min(values) >= 0.01
+
+
+def test_power_against_a_shift_a_change_of_scale_and_a_rotation():
+    """In the plane with 200 points each; 20 repetitions, so at level 0.05 chance gives 1."""
+
+    def rejections(change):
+        return sum(
+            energy_test(
+                cloud(200, 100 + 2 * k),
+                change(cloud(200, 101 + 2 * k)),
+                permutations=99,
+                generator=generator(k),
+            )
+            <= 0.05
+            for k in range(20)
+        )
+
+    correlate = torch.tensor([[1.0, 0.8], [0.0, 0.6]], dtype=torch.float64)
+    assert rejections(lambda y: y + torch.tensor([0.5, 0.0])) >= 18
+    assert rejections(lambda y: 1.5 * y) >= 18
+    # Marginals stay N(0, 1): only their dependence changes.
+    assert rejections(lambda y: y @ correlate) >= 18
+    assert rejections(lambda y: y) <= 5
+
+
+def test_result_does_not_depend_on_blocks(monkeypatch):
+    x, y = cloud(37, 4), cloud(50, 5) + 0.3
+    expected = energy_test(x, y, generator=generator())
+    monkeypatch.setattr("wpo_notes.metrics._BLOCK_ELEMENTS", 400)
+    assert energy_test(x, y, generator=generator()) == expected
+
+
+def test_float32_samples_and_global_state():
+    state = torch.get_rng_state()
+    x, y = cloud(30, 6), cloud(30, 7)
+    p = energy_test(x, y, generator=generator())
+    # A split's statistic would have to lie within rounding of the observed one to be counted otherwise.
+    assert energy_test(x.float(), y.float(), generator=generator()) == pytest.approx(p, abs=0.002)
+    assert 0 < energy_test(x, y) <= 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_tensor_is_made_on_the_default_device():
+    x, y = cloud(10, 8), cloud(10, 9)
+    torch.set_default_device("meta")
+    try:
+        assert 0 < energy_test(x, y, generator=generator()) <= 1
+    finally:
+        torch.set_default_device(None)
+
+
+def test_energy_test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="permutations must be at least 1, got 0"):
+        energy_test(cloud(5, 0), cloud(5, 1), permutations=0)
+    with pytest.raises(ValueError, match=r"y must be a matrix \(n, d\) with at least one point"):
+        energy_test(cloud(5, 0), cloud(0, 1))
+    with pytest.raises(ValueError, match="y must be finite"):
+        energy_test(cloud(5, 0), cloud(5, 1) * math.nan)
+
+
+def test_samples_of_different_widths_are_an_error(unchecked_shapes):
+    with pytest.raises(ValueError, match="y must have event size 2"):
+        energy_test(cloud(5, 0), cloud(5, 1, 3))

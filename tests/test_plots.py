@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import math
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from wpo_notes import plots
+from wpo_notes.mixture import GaussianMixture
+
+
+@pytest.fixture
+def ax():
+    with mpl.rc_context():
+        figure, ax = plt.subplots()
+        yield ax
+        plt.close(figure)
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast of two colours as the Web Content Accessibility Guidelines (2.1) define it."""
+
+    def luminance(color):
+        c = np.array(to_rgb(color))
+        linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722))
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def mixture() -> GaussianMixture:
+    """Three centres; the second covariance has std 3 along 30 degrees and 1 across."""
+    angle = math.radians(30)
+    rotation = torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]],
+        dtype=torch.float64,
+    )
+    turned = rotation @ torch.diag(torch.tensor([9.0, 1.0], dtype=torch.float64)) @ rotation.mT
+    plain = torch.diag(torch.tensor([0.25, 4.0], dtype=torch.float64))
+    centers = torch.tensor([[0.0, 0.0], [1.0, -2.0], [5.0, 5.0]], dtype=torch.float64)
+    return GaussianMixture.from_covariance(centers, torch.stack([plain, turned, plain]))
+
+
+def test_ink_is_legible_on_light_and_on_dark_pages():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for page in ("#ffffff", "#121212"):
+        assert contrast(plots.INK, page) >= 4.2
+        assert all(contrast(color, page) >= 3 for color in plots.COLORS[:4])
+        assert all(contrast(color, page) >= 2.2 for color in plots.COLORS)
+    assert len(set(plots.COLORS)) == len(plots.COLORS)
+
+
+def test_style_is_transparent_with_grey_ink():
+    with mpl.rc_context():
+        plots.use_style()
+        figure, ax = plt.subplots()
+        assert figure.get_facecolor()[3] == 0
+        assert ax.get_facecolor()[3] == 0
+        assert ax.xaxis.label.get_color() == plots.INK
+        (line,) = ax.plot([0, 1], [0, 1])
+        assert line.get_color() == plots.COLORS[0]
+        plt.close(figure)
+
+
+def test_samples_draws_each_point_with_equal_axes(ax):
+    x = torch.tensor([[0.0, 1.0], [2.0, -3.0]], requires_grad=True)
+    assert plots.samples(ax, x, s=7, color="C3") is ax
+    (cloud,) = ax.collections
+    np.testing.assert_array_equal(cloud.get_offsets(), x.detach().numpy())
+    assert cloud.get_sizes() == [7]
+    assert ax.get_aspect() == 1
+
+
+def test_density_shows_the_value_at_each_pixels_centre(ax):
+    law = mixture()
+    extent = (-2.0, 4.0, -5.0, 3.0)
+    assert plots.density(ax, law.log_prob, extent, resolution=16) is ax
+    (image,) = ax.images
+    values = np.asarray(image.get_array())
+    assert tuple(image.get_extent()) == extent
+    # Row k from below, column j from the left: an image that is transposed or upside down fails.
+    assert image.origin == "lower"
+    for k, j in [(0, 0), (3, 11), (12, 2), (15, 15)]:
+        point = torch.tensor(
+            [-2 + 6 * (j + 0.5) / 16, -5 + 8 * (k + 0.5) / 16], dtype=torch.float64
+        )
+        assert values[k, j] == pytest.approx(float(law.log_prob(point).exp()), rel=1e-12)
+    assert image.norm.vmin == 0
+
+
+def test_density_asks_for_points_of_the_given_dtype_and_device(ax):
+    asked = []
+
+    def log_prob(x):
+        asked.append(x)
+        return -x.square().sum(-1)
+
+    torch.set_default_device("meta")
+    try:
+        plots.density(ax, log_prob, (0, 1, 0, 1), resolution=3, dtype=torch.float32)
+    finally:
+        torch.set_default_device(None)
+    assert asked[0].dtype == torch.float32
+    assert asked[0].device.type == "cpu"
+    assert asked[0].shape == (9, 2)
+
+
+@pytest.mark.parametrize("deviations", [1.0, 2.0])
+def test_ellipses_are_those_of_the_covariances(ax, deviations):
+    assert plots.ellipses(ax, mixture(), torch.tensor([1, 0]), deviations=deviations) is ax
+    turned, plain = ax.patches
+    assert tuple(turned.get_center()) == (1.0, -2.0)
+    # width and height are diameters: twice `deviations` standard deviations
+    assert turned.width == pytest.approx(2 * deviations * 3)
+    assert turned.height == pytest.approx(2 * deviations * 1)
+    assert turned.angle % 180 == pytest.approx(30)
+    assert tuple(plain.get_center()) == (0.0, 0.0)
+    assert plain.width == pytest.approx(2 * deviations * 2)
+    assert plain.height == pytest.approx(2 * deviations * 0.5)
+    assert plain.angle % 180 == pytest.approx(90)
+    assert ax.get_aspect() == 1
+    low, high = ax.get_xlim()
+    assert low < 1 - deviations * 2.6  # the view holds the ellipses
+    assert high > 1 + deviations * 2.6
+
+
+def test_boundary_of_an_ellipse_is_at_that_many_deviations(ax):
+    """Mahalanobis distance of the drawn outline from the centre."""
+    law = mixture()
+    plots.ellipses(ax, law, torch.tensor([1]), deviations=2)
+    (patch,) = ax.patches
+    # The first vertices of a circle's Bezier curve lie on it, every third one.
+    outline = patch.get_patch_transform().transform(patch.get_path().vertices[0:24:3])
+    offset = torch.as_tensor(outline, dtype=torch.float64) - law.centers[1]
+    distance = (offset @ law.precision_tril[1]).norm(dim=-1)
+    torch.testing.assert_close(distance, torch.full_like(distance, 2), rtol=1e-6, atol=0)
+
+
+def test_order_of_convergence_draws_data_and_a_parallel_guide(ax):
+    step = 2.0 ** -torch.arange(5, dtype=torch.float64)
+    error = 3 * step**2
+    assert plots.order_of_convergence(ax, step, error, 2, label="error") is ax
+    data, guide = ax.lines
+    np.testing.assert_allclose(data.get_ydata(), error.numpy())
+    slope = np.diff(np.log(guide.get_ydata())) / np.diff(np.log(guide.get_xdata()))
+    np.testing.assert_allclose(slope, 2)
+    assert (guide.get_ydata() < data.get_ydata()).all()
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["error", "order 2"]
