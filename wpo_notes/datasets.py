@@ -8,7 +8,7 @@ curve's parameter,
 which `NoisyCurve` computes by quadrature in log space: the true score, divergence and likelihood of
 every experiment of Section 5 can be compared with a model's.
 
-Chapter: *Algorithm 1 on thin moons and the swissroll* (``book/algorithm.md``).
+Chapter: *Algorithm 1* (``book/algorithm.md``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The divergence is the one that eq. (14) relates to cross-entropy and entropy,
 :math:`\mathcal D_{KL}(\mu \| \pi) = -\mathcal E(\mu) + \mathcal H(\mu, \pi)`. Every estimate comes with
 its standard error, every test with its p-value.
 
-Chapter: *Algorithm 1 on thin moons and the swissroll* (``book/algorithm.md``).
+Chapter: *Algorithm 1* (``book/algorithm.md``).
 """
 
 from __future__ import annotations
