@@ -71,7 +71,7 @@ def fit(
     *,
     steps: int,
     batch_size: int = 512,
-    lr: float = 1e-2,
+    lr: float = 2e-3,
     loss: Loss | None = None,
     schedule: Callable[[float], float] = cosine,
     clip: float = 5.0,

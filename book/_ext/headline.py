@@ -24,11 +24,11 @@ def main() -> None:
     plots.use_style()
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.1))
     plots.samples(axes[0], x[:3000])
-    plots.ellipses(axes[1], mixture, torch.arange(300), linewidth=0.5)
+    plots.ellipses(axes[1], mixture, torch.arange(0, 300, 5), linewidth=0.8)
     extent = (-3.3, 3.3, -1.9, 1.9)
     plots.density(axes[2], mixture.log_prob, extent, resolution=400, dtype=x.dtype)
     plots.samples(axes[3], mixture.sample((3000,), generator=generator))
-    titles = ("data", "300 learned kernels (2 std)", "their density", "new samples")
+    titles = ("data", "60 of 300 learned kernels", "density", "new samples")
     for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

@@ -11,6 +11,7 @@ import html
 import json
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 from docutils import nodes
@@ -22,6 +23,14 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = re.compile(r'class="verdict [^>]*data-record="([^"]*)"')
 NOT_EXAMINED = "not yet examined"
+KINDS = {"claim": "claims", "erratum": "formulas and details in doubt"}
+# How a count of one, and of several, reads
+COUNTED = {
+    "holds": ("holds", "hold"),
+    "holds corrected": ("holds after a correction", "hold after a correction"),
+    "does not hold": ("does not hold", "do not hold"),
+    NOT_EXAMINED: ("is not yet examined", "are not yet examined"),
+}
 
 
 def load_claims() -> dict[str, dict]:
@@ -68,7 +77,7 @@ class LedgerDirective(SphinxDirective):
 
 
 class SummaryDirective(SphinxDirective):
-    """One sentence: how many claims have which verdict."""
+    """A sentence for each kind of claim: how many have which verdict."""
 
     def run(self) -> list[nodes.Node]:
         uses_verdicts(self.env).add(self.env.docname)
@@ -116,28 +125,36 @@ def evidence_of(env, claim: str) -> list[tuple[str, dict]]:
     return found
 
 
+def verdict_of(env, claim: str) -> str:
+    found = evidence_of(env, claim)
+    return found[0][1]["verdict"] if found else NOT_EXAMINED
+
+
 def resolve(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     for pending in list(doctree.findall(PendingVerdict)):
-        found = evidence_of(app.env, pending["claim"])
-        verdict = found[0][1]["verdict"] if found else NOT_EXAMINED
+        verdict = verdict_of(app.env, pending["claim"])
         style = "verdict-" + verdict.replace(" ", "-")
         parts: list[nodes.Node] = [nodes.strong("", verdict.capitalize(), classes=[style])]
-        for page, record in found:
+        for page, record in evidence_of(app.env, pending["claim"]):
             url = app.builder.get_relative_uri(docname, page) + f"#verdict-{pending['claim']}"
             title = app.env.titles[page].astext()
             link = nodes.reference("", title, refuri=url, internal=True)
             parts += [nodes.Text(". " + record["evidence"] + " "), nodes.emphasis("", "", link)]
         pending.replace_self(parts)
     for pending in list(doctree.findall(PendingSummary)):
-        counts: dict[str, int] = {}
-        for claim in load_claims():
-            found = evidence_of(app.env, claim)
-            verdict = found[0][1]["verdict"] if found else NOT_EXAMINED
-            counts[verdict] = counts.get(verdict, 0) + 1
-        listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        pending.replace_self(
-            nodes.Text(f"Of {sum(counts.values())} claims and printed formulas: {listed}.")
-        )
+        pending.replace_self(nodes.Text(" ".join(summary(app.env, kind) for kind in KINDS)))
+
+
+def summary(env, kind: str) -> str:
+    counts = Counter(
+        verdict_of(env, claim) for claim, about in load_claims().items() if about["kind"] == kind
+    )
+    listed = ", ".join(
+        f"{counts[verdict]} {COUNTED[verdict][counts[verdict] > 1]}"
+        for verdict in COUNTED
+        if counts[verdict]
+    )
+    return f"Of {counts.total()} {KINDS[kind]}: {listed}."
 
 
 def package_key() -> str:

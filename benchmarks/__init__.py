@@ -1,0 +1,1 @@
+"""Times of `wpo_notes` beside other libraries: ``python -m benchmarks``."""

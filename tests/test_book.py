@@ -1,0 +1,368 @@
+"""The book as a whole: its parts fit together, and its machinery fails when it should."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import check_site
+import jupytext
+import pytest
+import ruff_chapters
+import yaml
+
+import wpo_notes.ledger
+
+pytest_plugins = "pytester"
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = ROOT / "book"
+HEADER = {
+    "jupytext": {
+        "formats": "md:myst",
+        "text_representation": {"extension": ".md", "format_name": "myst"},
+    },
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+}
+PAGES = sorted(BOOK.glob("*.md"))
+NOTEBOOKS = [page for page in PAGES if page.read_text(encoding="utf-8").startswith("---\n")]
+CHAPTERS = [page for page in NOTEBOOKS if page.stem not in {"intro", "how-to-run"}]
+MODULES = [path for path in sorted((ROOT / "wpo_notes").glob("*.py")) if path.stem[0] != "_"]
+TEXT = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+with (BOOK / "claims.toml").open("rb") as file:
+    CLAIMS = tomllib.load(file)["claim"]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+def cells(page: str) -> list:
+    return [
+        cell for cell in jupytext.reads(TEXT[page], fmt="md:myst").cells if cell.cell_type == "code"
+    ]
+
+
+# ---- the parts fit together
+
+
+def test_toc_lists_every_page_once() -> None:
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    listed = [
+        toc["root"],
+        *(entry["file"] for part in toc["parts"] for entry in part["chapters"]),
+    ]
+    assert sorted(listed) == sorted(TEXT)
+
+
+def test_claims_are_complete_and_unique() -> None:
+    for claim in CLAIMS:
+        assert set(claim) == {"id", "kind", "place", "text"}, claim
+        assert claim["kind"] in {"claim", "erratum"}, claim
+        assert all(value.strip() for value in claim.values()), claim
+        assert re.fullmatch(r"[a-z0-9-]+", claim["id"]), claim
+    ids = [claim["id"] for claim in CLAIMS]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("page", names(NOTEBOOKS))
+def test_verdicts_are_on_known_claims(page: str) -> None:
+    code = "\n".join(cell.source for cell in cells(page))
+    recorded = re.findall(r"ledger\.record\(\s*\"([^\"]+)\"\s*,\s*\"([^\"]+)\"", code)
+    assert len(recorded) == code.count("ledger.record(")
+    assert {claim for claim, _ in recorded} <= {claim["id"] for claim in CLAIMS}
+    assert {verdict for _, verdict in recorded} <= set(wpo_notes.ledger.VERDICTS)
+    # A claim's box is a link target, so a page can hold it only once.
+    assert len({claim for claim, _ in recorded}) == len(recorded)
+
+
+@pytest.mark.parametrize("page", names(NOTEBOOKS))
+def test_notebooks_have_the_header_and_a_download(page: str) -> None:
+    assert yaml.safe_load(TEXT[page].split("---\n")[1]) == HEADER
+    last = TEXT[page].rstrip().splitlines()[-1]
+    assert re.fullmatch(rf"\{{nb-download\}}`[^`<]+ <{page}\.ipynb>`", last)
+
+
+@pytest.mark.parametrize("page", names(NOTEBOOKS))
+def test_figures_have_a_caption_and_a_description(page: str) -> None:
+    for cell in cells(page):
+        if "plt.show()" in cell.source:
+            about = cell.metadata.get("mystnb", {})
+            assert about["figure"]["caption"].strip(), cell.source
+            assert about["figure"]["name"].startswith("fig-"), cell.source
+            assert len(about["image"]["alt"].strip()) > 20, cell.source
+
+
+@pytest.mark.parametrize("page", names(CHAPTERS))
+def test_chapters_have_question_module_and_exercises(page: str) -> None:
+    opening = TEXT[page].split("\n## ")[0]
+    assert "*Question" in opening
+    modules = re.findall(r"\{py:mod\}`~?wpo_notes\.(\w+)`", opening)
+    assert modules
+    assert set(modules) <= set(names(MODULES))
+    assert re.search(r"^## Exercises$", TEXT[page], re.M)
+
+
+@pytest.mark.parametrize("module", names(MODULES))
+def test_modules_name_a_chapter_that_names_them(module: str) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / "wpo_notes" / f"{module}.py").read_text()))
+    if "Chapters: all" in docstring:
+        return
+    pairs = re.findall(r"\*([^*]+)\*\s+\(``book/([\w-]+)\.md``\)", docstring)
+    assert pairs, "a line like: Chapter: *Title* (``book/name.md``)"
+    for title, page in pairs:
+        assert re.search(r"^# (.*)$", TEXT[page], re.M)[1] == " ".join(title.split())
+        assert f"wpo_notes.{module}" in TEXT[page]
+
+
+def test_every_module_is_in_the_reference() -> None:
+    documented = re.findall(r"automodule:: wpo_notes\.(\w+)", TEXT["api"])
+    assert sorted(documented) == names(MODULES)
+
+
+def test_no_notebook_with_outputs_is_tracked() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "*.ipynb"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert listed.stdout == ""
+
+
+def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    quick = re.sub(r"centers=\d+, steps=\d+", "centers=20, steps=5", example)
+    assert quick != example
+    exec(compile(quick, "README.md", "exec"), scope)
+    assert scope["score"].shape == scope["x"].shape
+
+
+# ---- the Makefile
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # Without the variables by which an outer make would pass on its own options.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(
+        ["make", "-f", str(ROOT / "Makefile"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a checkout that has been set up."""
+    for name in ("requirements.txt", "pyproject.toml", ".venv/.ready"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_make_sets_up_only_when_out_of_date(checkout: Path) -> None:
+    assert "pip install" not in make(checkout, "-n", "book").stdout
+    stamp = (checkout / ".venv" / ".ready").stat().st_mtime
+    os.utime(checkout / "requirements.txt", (stamp + 10, stamp + 10))
+    steps = make(checkout, "-n", "book").stdout
+    assert steps.index("-m venv") < steps.index("pip install") < steps.index("jupyter-book build")
+    (checkout / ".venv" / ".ready").unlink()
+    assert "pip install" in make(checkout, "-n", "unit").stdout
+
+
+def test_make_says_when_python_is_missing(checkout: Path) -> None:
+    (checkout / ".venv" / ".ready").unlink()
+    run = make(checkout, "setup", "PYTHON=")
+    assert run.returncode != 0
+    assert "Python 3.11 or newer is needed" in run.stderr
+
+
+def test_make_lists_every_target(tmp_path: Path) -> None:
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert [line.split()[0] for line in make(tmp_path).stdout.splitlines()] == targets
+
+
+# ---- chapters as tests
+
+
+def myst(*sources: str, title: str = "Tiny") -> str:
+    blocks = "\n\n".join(f"```{{code-cell}} ipython3\n{source}\n```" for source in sources)
+    return f"---\n{yaml.safe_dump(HEADER)}---\n\n# {title}\n\n{blocks}\n"
+
+
+@pytest.fixture
+def tiny_chapters(pytester: pytest.Pytester) -> pytest.Pytester:
+    shutil.copy(ROOT / "conftest.py", pytester.path)
+    (pytester.path / "book").mkdir()
+    return pytester
+
+
+def test_chapters_run_and_stop_at_the_first_failure(tiny_chapters: pytest.Pytester) -> None:
+    book = tiny_chapters.path / "book"
+    (book / "bad.md").write_text(myst("x = 1", "assert x == 2", "x + 1", "import time"))
+    (book / "good.md").write_text(myst("x = 1", "assert x == 1"))
+    (book / "slow.md").write_text(myst("import time\ntime.sleep(60)", "x = 1"))
+    (book / "page.md").write_text("# No notebook\n\n```python\nassert False\n```\n")
+    run = tiny_chapters.runpytest_subprocess("--nbval", "--nbval-cell-timeout", "3", "book")
+    # bad: one cell passes, one fails, two are skipped; good: two pass; slow: one fails, one is skipped
+    run.assert_outcomes(passed=3, failed=2, skipped=3)
+
+
+def test_plain_pytest_leaves_the_chapters_alone(tiny_chapters: pytest.Pytester) -> None:
+    (tiny_chapters.path / "book" / "bad.md").write_text(myst("assert False"))
+    items, _ = tiny_chapters.inline_genitems("book")
+    assert items == []
+
+
+def test_cells_have_a_timeout(tiny_chapters: pytest.Pytester) -> None:
+    assert tiny_chapters.parseconfigure("--nbval").option.nbval_cell_timeout == 300
+    config = tiny_chapters.parseconfigure("--nbval", "--nbval-cell-timeout", "7")
+    assert config.option.nbval_cell_timeout == 7
+
+
+# ---- the build
+
+
+@pytest.fixture
+def tiny_book(tmp_path: Path) -> Path:
+    """A book of two chapters and a ledger, with the real configuration and extension."""
+    book = tmp_path / "book"
+    book.mkdir()
+    for name in ("_ext", "_static"):
+        shutil.copytree(BOOK / name, book / name)
+    for name in ("claims.toml", "references.bib"):
+        shutil.copy(BOOK / name, book)
+    for name in ("_config.yml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "wpo_notes").mkdir()
+    (tmp_path / "wpo_notes" / "key.py").write_text("")
+    toc = {"format": "jb-book", "root": "one", "chapters": [{"file": "two"}, {"file": "ledger"}]}
+    (book / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (book / "ledger.md").write_text(
+        "# Ledger\n\n```{ledger} claim\n```\n\n```{ledger-summary}\n```\n"
+    )
+    return tmp_path
+
+
+def build(top: Path) -> tuple[int, str]:
+    run = subprocess.run(
+        [Path(sys.executable).with_name("jupyter-book"), "build", "book"],
+        cwd=top,
+        capture_output=True,
+        text=True,
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+def record(claim: str, verdict: str) -> str:
+    return (
+        f'from wpo_notes import ledger\nledger.record("{claim}", "{verdict}", "Error 1e-9 < 1e-6.")'
+    )
+
+
+def row_of(claim: str, page: str) -> str:
+    return re.search(rf'<tr[^>]*id="claim-{claim}".*?</tr>', page, re.S)[0]
+
+
+def test_build_is_strict_and_the_ledger_follows_the_chapters(tiny_book: Path) -> None:
+    one, two = tiny_book / "book" / "one.md", tiny_book / "book" / "two.md"
+    executions = tiny_book / "executions"
+    count = f"with open({str(executions)!r}, 'a') as file:\n    print(1, file=file)"
+    one.write_text(myst(count, record("cole-hopf", "holds")))
+
+    # A verdict on an unknown claim is a warning and fails the build, the second time too, when the
+    # chapters come from the cache.
+    two.write_text(myst(record("no-such-claim", "holds")))
+    for _ in range(2):
+        status, output = build(tiny_book)
+        assert status != 0
+        assert "claims.toml lacks: ['no-such-claim']" in output
+    assert len(executions.read_text().splitlines()) == 1
+
+    # Corrected, it passes. The package has changed, so the cached chapter is executed again.
+    two.write_text(myst("1 + 1"))
+    (tiny_book / "wpo_notes" / "key.py").write_text("changed = True\n")
+    status, output = build(tiny_book)
+    assert status == 0, output
+    assert len(executions.read_text().splitlines()) == 2
+    html = tiny_book / "_build" / "html"
+    ledger = (html / "ledger.html").read_text(encoding="utf-8")
+    row = row_of("cole-hopf", ledger)
+    assert ">Holds<" in row
+    assert "Error 1e-9 &lt; 1e-6." in row
+    assert 'href="one.html#verdict-cole-hopf"' in row
+    assert 'id="verdict-cole-hopf"' in (html / "one.html").read_text(encoding="utf-8")
+    assert ">Not yet examined<" in row_of("kernel-formula", ledger)
+    number = sum(claim["kind"] == "claim" for claim in CLAIMS)
+    assert f"Of {number} claims: 1 holds, {number - 1} are not yet examined." in ledger
+    assert check_site.check(html) == []
+
+    # A failing cell fails the build.
+    two.write_text(myst("assert 1 + 1 == 3, 'arithmetic'"))
+    status, output = build(tiny_book)
+    assert status != 0
+    assert "arithmetic" in output
+
+
+# ---- the checks of the site and of the cells' style
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ('<a href="none.html">x</a>', "link to a missing file: none.html"),
+        ('<a href="other.html#nowhere">x</a>', "link to a missing place: other.html#nowhere"),
+        ('<script src="https://cdn.example/x.js"></script>', "loads https://cdn.example/x.js"),
+        ('<link rel="stylesheet" href="//cdn.example/x.css">', "loads //cdn.example/x.css"),
+        ('<img src="data:,">', "image without a description: data:,"),
+        ('<img src="data:," alt="_images/1a2b.png">', "image without a description: data:,"),
+        (r"<p>where $\WProx$ is</p>", r"not rendered: $\WProx$"),
+        ("<p>see {eq}`x`</p>", "not rendered: {eq}`"),
+        ('<p class="system-message">x</p>', "a message of the build is on the page"),
+        ('<div class="output stderr">x</div>', "a cell's output is of class output stderr"),
+    ],
+)
+def test_site_check_finds(body: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(f"<html><body>{body}</body></html>")
+    (tmp_path / "other.html").write_text('<p id="here"></p>')
+    assert check_site.check(tmp_path) == [f"page.html: {problem}"]
+
+
+def test_site_check_accepts_what_is_right(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        '<a href="other.html#here">x</a><a href="https://example.org/">x</a><a href="#top">x</a>'
+        '<p id="top">costs $5 and $6</p><img src="data:," alt="Two half circles of points">'
+        r'<div class="math"><span>$\WProx$</span></div><code>$\alpha$</code>'
+    )
+    (tmp_path / "other.html").write_text('<p id="here"></p>')
+    assert check_site.check(tmp_path) == []
+    assert check_site.check(tmp_path / "empty")[0].endswith("run `make book` first")
+
+
+def test_site_check_reads_style_sheets(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("")
+    (tmp_path / "x.css").write_text("@import url('https://fonts.example/a.css');")
+    assert len(check_site.check(tmp_path)) == 1
+
+
+def test_ruff_reads_and_rewrites_cells_only(tmp_path: Path) -> None:
+    options = "---\nmystnb:\n  figure:\n    caption: |\n      x  =  1\n---\n"
+    text = f"# T\n\nx  =  1\n\n```{{code-cell}} ipython3\n{options}import os\nx  =  1\nx\n```\n"
+    chapter = tmp_path / "chapter.md"
+    chapter.write_text(text)
+    assert "F401" in " ".join(ruff_chapters.check(chapter))
+    ruff_chapters.fix(chapter)
+    assert chapter.read_text() == text.replace("import os\nx  =  1\nx\n", "x = 1\nx\n")
+    assert ruff_chapters.check(chapter) == []
+    chapter.write_text(chapter.read_text().replace("x = 1", "x  = 1"))
+    (problem,) = ruff_chapters.check(chapter)
+    assert "make format" in problem
