@@ -271,6 +271,10 @@ def fit_kernel_model(
 ) -> KernelModel:
     """Algorithm 1 on the samples x, without ever scoring a centre at itself.
 
+    That makes the objective the right one; it does not prevent over-fitting. With few points a centre,
+    or a high learning rate, single kernels can become needles (Proposition *Needles* of the
+    chapter): compare the objective on `held_out` points, or the likelihood of fresh ones.
+
     Args:
         x: (n, d), distinct samples of the law to learn, float32 or float64.
         centers: number of centres, drawn from x at random, or the centres themselves, (N, d).
