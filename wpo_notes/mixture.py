@@ -10,9 +10,9 @@ so log-density, score and Laplacian are matrix products (eq. (34)), and no tenso
 (points, centres, d) exists. Multiplied out like this, the quadratic form cancels in floating point:
 its absolute error is about :math:`\varepsilon\, r^2\, \lambda_{\max}(\Gamma)` for points within r of
 the origin. The points are therefore grouped into cells, each lifted about an origin of its own, until
-that bound is small; a cell of a single point has r = 0 and is as exact as differences. What no cell
-cures is :math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in float32, prefer
-float64 where the ratio of axes exceeds a few hundred.
+that bound is small; kernels too narrow for that are evaluated by differences. What neither cures is
+:math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in float32, prefer float64 where
+the ratio of axes exceeds a few hundred.
 """
 
 from __future__ import annotations
