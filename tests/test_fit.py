@@ -282,7 +282,9 @@ def test_points_must_fit():
         fit(small_model(x), x, steps=1, held_out=points(d=3))
     with pytest.raises(ValueError, match="x must be finite"):
         fit(small_model(x), x * math.nan, steps=1)
-    with pytest.raises(ValueError, match=r"x must be a matrix \(n, d\) with n >= 1, got shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"x must be a matrix \(n, d\) with n >= 1, got shape \(2,\)"
+    ):
         fit(small_model(x), x[0], steps=1)
 
 
