@@ -70,7 +70,7 @@ def checked_positive(name: str, value: float, *, zero: bool = False) -> float:
     return value
 
 
-def checked_sample_set(name: str, value: object, *, minimum: int = 2) -> Tensor:
+def checked_sample_set(name: str, value: object) -> Tensor:
     """Check a sample set (n, d) to learn from: enough distinct points that vary in each coordinate."""
     value = checked_points(name, value)
     if value.ndim != 2:
@@ -81,8 +81,8 @@ def checked_sample_set(name: str, value: object, *, minimum: int = 2) -> Tensor:
     n, d = value.shape
     if d == 0:
         raise ValueError(f"{name} must have at least one coordinate, got {_describe(value)}")
-    if n < minimum:
-        raise ValueError(f"{name} must have at least {minimum} points, got {n}")
+    if n < 2:
+        raise ValueError(f"{name} must have at least 2 points, got {n}: bring more")
     spread = value.amax(0) - value.amin(0)
     constant = (spread == 0).nonzero()[:, 0].tolist()
     if len(constant) == d:
