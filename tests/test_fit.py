@@ -65,7 +65,7 @@ def test_held_out_objective_falls_and_history_is_regular():
     assert [record.step for record in result.history] == [25, 50, 75, 100]
     assert result.history[-1].held_out < before
     last = implicit_score_matching(result.model(), fresh)
-    assert result.history[-1].held_out == pytest.approx(float(last), rel=1e-12)
+    assert result.history[-1].held_out == pytest.approx(float(last.detach()), rel=1e-12)
 
 
 @pytest.mark.parametrize("killed_at", [1, 13, 20, 29])
