@@ -43,11 +43,23 @@ def test_diagonal_stays_positive_for_any_output_of_the_network():
         assert torch.isfinite(diagonal).all()
 
 
+@pytest.mark.parametrize("initial_std", [0.05, 3.0])
+def test_no_kernel_becomes_much_wider_than_the_data(initial_std):
+    z = centers() * torch.tensor([1.0, 10.0], dtype=torch.float64)
+    model = KernelModel(z, hidden=(4,), initial_std=initial_std)
+    torch.nn.init.constant_(model.network[-1].bias, -50)
+    with torch.no_grad():
+        model.network[-1].bias[1] = 0  # the off-diagonal entry
+    covariance = torch.cholesky_inverse(model().precision_tril)
+    widest = covariance.diagonal(dim1=-2, dim2=-1).sqrt() / z.std(0)
+    torch.testing.assert_close(widest, torch.full_like(widest, max(1.0, initial_std / 0.5)))
+
+
 def test_before_training_every_kernel_is_isotropic_in_standardised_units():
     z = centers() * torch.tensor([1.0, 10.0], dtype=torch.float64)
     model = KernelModel(z, initial_std=0.25)
     covariance = torch.cholesky_inverse(model().precision_tril)
-    expected = (0.25 / (1 + 1e-3) * z.std(0)).square()  # 1e-3: the diagonal's floor
+    expected = (0.25 * z.std(0)).square()
     torch.testing.assert_close(covariance, expected.diag().expand(30, 2, 2))
 
 

@@ -21,9 +21,9 @@ from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["KernelModel"]
 
-_FLOOR = (
-    1e-3  # of a factor's diagonal, relative to its start: the widest kernel is 1000 times wider
-)
+# Least value of a factor's diagonal, relative to its start: a kernel that no point needs would
+# otherwise grow without bound, since score matching hardly sees where its mass goes.
+_LARGEST_FLOOR = 0.5
 
 
 class KernelModel(nn.Module):
@@ -32,7 +32,8 @@ class KernelModel(nn.Module):
     The network :math:`\psi_\theta: \R^d \to \R^{d(d+1)/2}` gives the entries of the lower Cholesky
     factor, :math:`\Gamma_\theta(z) = L_\theta(z) L_\theta(z)^\top`. It sees standardised
     coordinates, and the factor is relative to the initial width, so that the model follows the
-    data's units. The diagonal is a softplus: positive, so that the factor is unique.
+    data's units. The diagonal is a softplus: positive, so that the factor is unique, and bounded below,
+    so that no kernel becomes much wider than the data.
 
     Args:
         centers: (N, d), the kernel centres Z_i, a buffer; at least two, distinct.
@@ -87,8 +88,10 @@ class KernelModel(nn.Module):
         tril = entries.new_zeros(len(z), d, d)
         tril[:, row, column] = entries
         diagonal = tril.diagonal(dim1=-2, dim2=-1)
-        # softplus(x + log(e - 1)) is one at zero: the network's start is the initial width.
-        positive = softplus(diagonal + 0.541324854612918) + _FLOOR
+        # The floor keeps kernels about as narrow as the data; at zero, the network's start, the
+        # diagonal is one, which is the initial width.
+        floor = self.initial_std.clamp(max=_LARGEST_FLOOR)
+        positive = floor + softplus(diagonal + torch.log(torch.expm1(1 - floor)))
         tril = torch.diagonal_scatter(tril, positive, dim1=-2, dim2=-1)
         return tril / (self.initial_std * self.scale[:, None])
 
