@@ -6,11 +6,13 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Processes of `make paper`: one a core.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # One thread a process: two processes share two cores, and spinning threads slow each other down.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 
-.PHONY: help setup book check-site test lint unit chapters format lab figure bench clean
+.PHONY: help setup book check-site test lint unit chapters format lab figure paper bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,6 +59,9 @@ lab: $(READY)  ## open the chapters in JupyterLab (right-click a chapter: Open W
 
 figure: $(READY)  ## draw the figure of the README again
 	$(BIN)/python book/_ext/headline.py
+
+paper: $(READY)  ## run the experiments at the paper's scale, one process a core; goes on after a kill
+	$(BIN)/python -m wpo_notes list --scale paper | xargs -P $(JOBS) -L 1 $(BIN)/python -m wpo_notes
 
 bench: $(READY)  ## time the mixture and a training step
 	$(BIN)/python -m benchmarks

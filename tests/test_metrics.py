@@ -9,7 +9,19 @@ import torch
 from scipy import stats
 from torch.distributions import Independent, Normal
 
-from wpo_notes.metrics import Estimate, energy_test, kl_divergence
+from wpo_notes import datasets
+from wpo_notes.metrics import (
+    Estimate,
+    classifier_test,
+    energy_test,
+    fisher_divergence,
+    kl_divergence,
+    memorisation,
+    mmd,
+    sliced_wasserstein,
+    wasserstein,
+    weight_error,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -200,3 +212,123 @@ def test_energy_test_errors_say_what_to_do():
 def test_samples_of_different_widths_are_an_error(unchecked_shapes):
     with pytest.raises(ValueError, match="y must have event size 2"):
         energy_test(cloud(5, 0), cloud(5, 1, 3))
+
+
+# ---- distances between samples, and scores ------------------------------------------------------
+
+
+def test_fisher_divergence_of_normals_is_the_closed_form():
+    # Scores -x and -x / 4 at x from N(0, I): E |3 x / 4|^2 = 9 / 8 in the plane.
+    x = cloud(20_000, 0)
+    estimate = fisher_divergence(-x / 4, -x)
+    assert abs(estimate.value - 9 / 8) < 4 * estimate.error < 0.1
+    assert fisher_divergence(-x, -x) == Estimate(0.0, 0.0)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_scores_at_different_points_are_refused():
+    x = cloud(5, 0)
+    with pytest.raises(ValueError, match="at the same points, at least 2"):
+        fisher_divergence(-x, -x[1:])
+
+
+def test_wasserstein_of_a_shift_is_its_length_and_on_a_line_that_of_the_sorted():
+    x = cloud(200, 0)
+    shift = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    assert wasserstein(x, x + shift) == pytest.approx(0.5, rel=1e-9)
+    line, other = cloud(300, 1, dim=1), 2 * cloud(300, 2, dim=1)
+    expected = float((line.sort(0)[0] - other.sort(0)[0]).square().mean().sqrt())
+    assert wasserstein(line, other) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sliced_wasserstein_of_a_shift():
+    # E (u . shift)^2 = |shift|^2 / d; 4000 directions leave 1 %.
+    x = cloud(200, 0, dim=3)
+    shift = torch.tensor([0.6, 0.0, -0.8], dtype=torch.float64)
+    value = sliced_wasserstein(x, x + shift, projections=4000, generator=generator())
+    assert value == pytest.approx(1 / math.sqrt(3), rel=0.03)
+    again = sliced_wasserstein(x, x + shift, projections=4000, generator=generator())
+    assert value == again
+    with pytest.raises(ValueError, match="projections must be at least 1, got 0"):
+        sliced_wasserstein(x, x, projections=0)
+
+
+def test_mmd_is_its_definition_and_centred():
+    x, y = cloud(30, 0), 1 + cloud(20, 1)
+    scale = torch.cdist(x, y).median()
+
+    def k(a, b):
+        return math.exp(-0.5 * float(((a - b) / scale).square().sum()))
+
+    def within(z):
+        pairs = [(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]
+        return sum(k(a, b) for a, b in pairs) / len(pairs)
+
+    across = sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
+    assert mmd(x, y) == pytest.approx(within(x) + within(y) - 2 * across, rel=1e-9)
+    null = [mmd(cloud(100, 2 * k), cloud(100, 2 * k + 1)) for k in range(20)]
+    assert abs(np.mean(null)) < 4 * np.std(null) / 20**0.5
+    assert mmd(x, y) > 4 * np.std(null)
+    with pytest.raises(ValueError, match="at least 2 points each, got 1 and 20"):
+        mmd(x[:1], y)
+
+
+def test_classifier_finds_a_difference_and_none_where_there_is_none():
+    x = cloud(1000, 0)
+    same = classifier_test(x, cloud(1000, 1))
+    assert abs(same.value - 0.5) < 4 * same.error
+    # The best classifier of N(0, I) and N((2, 0), I) has accuracy Phi(1) = 0.841.
+    shifted = classifier_test(x, cloud(1000, 2) + torch.tensor([2.0, 0.0]).double())
+    assert shifted.value == pytest.approx(stats.norm.cdf(1), abs=4 * shifted.error)
+    with pytest.raises(ValueError, match="equally many points, at least 10 for 5 folds, got 1000"):
+        classifier_test(x, x[:10])
+
+
+def test_weight_error_is_the_share_that_moved():
+    law = datasets.get("moons")
+    x = law.sample(4000, generator=generator(), dtype=torch.float64)
+    # Half of |2 (p - 1/2)| with p of standard deviation 0.008
+    assert weight_error(law, x) < 4 * 0.008
+    upper = law.component_log_prob(x).argmax(1) == 0
+    kept = torch.cat([x[upper][:1500], x[~upper][:500]])
+    assert weight_error(law, kept) == pytest.approx(0.25, abs=1e-6)
+
+
+# ---- memorisation -------------------------------------------------------------------------------
+
+
+def test_memorisation_of_fresh_draws_copies_and_noisy_copies():
+    training, held_out, fresh = cloud(2000, 0), cloud(2000, 1), cloud(2000, 2)
+    null = memorisation(fresh, training, held_out)
+    # In the plane the share is about 1/9, with standard error 0.007; density varies over the balls.
+    assert null.share_near == pytest.approx(1 / 9, abs=0.03)
+    assert abs(null.copying_score) < 4
+    # Below one half, since points that are far from the others are more often the nearest.
+    assert null.authenticity == pytest.approx(0.42, abs=0.05)
+    copies = memorisation(training[:1000] + 1e-9, training, held_out)
+    assert copies.share_near == 1
+    assert copies.authenticity == 0
+    assert copies.copying_score < -30
+    # The blind spot: copies with noise of the points' spacing look like fresh draws, or better.
+    noisy = memorisation(training + 0.1 * cloud(2000, 3), training, held_out)
+    assert noisy.share_near < null.share_near + 0.03
+    assert noisy.copying_score > -4
+    assert noisy.nearest_distance == sorted(noisy.nearest_distance)
+
+
+def test_copying_score_is_normal_for_fresh_draws():
+    scores = [
+        memorisation(cloud(100, 3 * k), cloud(300, 3 * k + 1), cloud(100, 3 * k + 2)).copying_score
+        for k in range(40)
+    ]
+    # Mean 0 and deviation 1 within 4 standard errors of 40 values
+    assert abs(np.mean(scores)) < 4 / 40**0.5
+    assert np.std(scores) == pytest.approx(1, abs=4 / 80**0.5)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_memorisation_wants_two_training_points():
+    with pytest.raises(ValueError, match="training must have at least 2 points"):
+        memorisation(cloud(5, 0), cloud(1, 1), cloud(5, 2))
+    with pytest.raises(ValueError, match="training must have event size 2"):
+        memorisation(cloud(5, 0), cloud(5, 1, dim=3), cloud(5, 2))

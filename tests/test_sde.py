@@ -25,7 +25,8 @@ BROWNIAN = LinearSDE.brownian(1.3, 0.8)
 ORNSTEIN_UHLENBECK = LinearSDE.ornstein_uhlenbeck(0.7, 1.3, 2.0)
 VARIANCE_PRESERVING = LinearSDE.variance_preserving(0.1, 8.0)
 GENERAL = LinearSDE(lambda s: torch.sin(3 * s) - 0.2, lambda s: 1 + s**2, 1.5)
-NAMED = [BROWNIAN, ORNSTEIN_UHLENBECK, VARIANCE_PRESERVING]
+VARIANCE_EXPLODING = LinearSDE.variance_exploding(0.1, 3.0)
+NAMED = [BROWNIAN, ORNSTEIN_UHLENBECK, VARIANCE_PRESERVING, VARIANCE_EXPLODING]
 ALL = [*NAMED, GENERAL]
 
 
@@ -387,6 +388,8 @@ def test_errors_say_what_is_wrong():
         LinearSDE.brownian(1.0, -1.0)
     with pytest.raises(ValueError, match="beta_min must be a positive finite number"):
         LinearSDE.variance_preserving(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"std_max must be larger than std_min = 0.5, got 0.5"):
+        LinearSDE.variance_exploding(0.5, 0.5)
     with pytest.raises(ValueError, match=r"diffusion must be positive .* got -0.5 at s = 0.5"):
         LinearSDE(ones, lambda s: torch.where(s < 0.5, 1.0, -0.5), 1.0)
     with pytest.raises(ValueError, match=r"drift_rate must be finite .* not at s = 0"):
@@ -427,3 +430,19 @@ def test_sampler_errors_say_what_is_wrong():
         sample_probability_flow(BROWNIAN, BROWNIAN.score(x), x, stop=0.1, rtol=0.0)
     with pytest.raises(ValueError, match="start must be finite"):
         sample_probability_flow(BROWNIAN, BROWNIAN.score(x), x / 0)
+
+
+def test_probability_flow_asks_for_no_score_before_the_stop():
+    # A score may not exist there; the adaptive solver itself steps past the end of its interval.
+    mixture, sde, stop = planar_mixture(), BROWNIAN, 0.3
+    times = []
+
+    def score(y, s):
+        times.append(s)
+        return sde.score(mixture)(y, s)
+
+    x = mixture.sample((3,), generator=rng())
+    sample_probability_flow(sde, score, x, stop=stop)
+    log_prob_probability_flow(sde, score, x, mixture.log_prob, stop=stop)
+    assert min(times) == stop
+    assert max(times) == sde.horizon

@@ -102,9 +102,7 @@ class ScoreNetwork(nn.Module):
                 "has no score; stop the reverse process early"
             )
         std = std[..., None].expand(*y.shape[:-1], 1)
-        total = std.square() + self.data_std**2
-        inputs = torch.cat([y * total.rsqrt(), 0.25 * std.log()], -1)
-        return self.data_std / std * total.rsqrt() * self.network(inputs) - y / total
+        return preconditioned(self.network, y, std, self.data_std)
 
     def score(self, sde: LinearSDE) -> Score:
         r"""Score of the noised data as a callable (y, s) of the noising time, for any linear process.
@@ -119,6 +117,15 @@ class ScoreNetwork(nn.Module):
             return self(y / mean_factor, std) / mean_factor
 
         return at_time
+
+
+def preconditioned(
+    network: Callable[[Tensor], Tensor], y: Tensor, std: Tensor, data_std: float | Tensor
+) -> Tensor:
+    """Score of Karras et al. (2022) from a network: y is (..., d), std (..., 1), both unchecked."""
+    total = std.square() + data_std**2
+    inputs = torch.cat([y * total.rsqrt(), 0.25 * std.log()], -1)
+    return data_std / std * total.rsqrt() * network(inputs) - y / total
 
 
 def denoising_loss(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,30 +24,54 @@ from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes.losses import implicit_score_matching
 from wpo_notes.model import KernelModel
 
-__all__ = ["FitResult", "Record", "cosine", "fit", "fit_kernel_model", "kernel_loss"]
+__all__ = [
+    "FitResult",
+    "Record",
+    "TrainingStopped",
+    "constant",
+    "cosine",
+    "fit",
+    "fit_kernel_model",
+    "kernel_loss",
+]
 
 Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
 
 
 class Record(NamedTuple):
-    """Objective after a number of steps."""
+    """Objective, and what else was asked for, after a number of steps."""
 
     step: int
     objective: float  # mean over the batches since the last record
     held_out: float | None  # on the held-out points, if there are any
+    measured: dict | None  # what `measure` returned, if it was given
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `fit` returns: the trained model and the history of its objective."""
+    """What `fit` returns: the trained model, the history of its objective, and the time it took."""
 
     model: nn.Module
     history: list[Record]
+    seconds: float  # wall time of training, without measurements, over all resumed runs
+
+
+class TrainingStopped(FloatingPointError):
+    """The objective or its gradient stopped being finite; holds the records until then."""
+
+    def __init__(self, message: str, history: list[Record], seconds: float) -> None:
+        super().__init__(message)
+        self.history, self.seconds = history, seconds
 
 
 def cosine(fraction: float) -> float:
     """Cosine schedule: factor of the learning rate at a fraction of the steps, from 1 down to 0."""
     return 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def constant(fraction: float) -> float:
+    """Constant learning rate, as a schedule."""
+    return 1.0
 
 
 def kernel_loss(exclude: Int[Tensor, " n"] | None = None) -> Loss:
@@ -76,6 +101,7 @@ def fit(
     schedule: Callable[[float], float] = cosine,
     clip: float = 5.0,
     held_out: Float[Tensor, "m d"] | None = None,
+    measure: Callable[[nn.Module], dict] | None = None,
     record_every: int = 100,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 1000,
@@ -99,6 +125,8 @@ def fit(
         clip: largest gradient norm, in multiples of its running mean: the objective has units
             1 / length squared, so a fixed bound would depend on the data's units.
         held_out: (m, d), points on which the objective is recorded, with the same noise each time.
+        measure: ``measure(model) -> dict`` of numbers to keep with each record, as JSON would; it is
+            called without gradients, and must not draw from `generator`.
         record_every: steps between records.
         checkpoint: file to write to, and to go on from if it exists.
         checkpoint_every: steps between checkpoints.
@@ -107,7 +135,7 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        FloatingPointError: the objective or its gradient stopped being finite; says at which step
+        TrainingStopped: the objective or its gradient stopped being finite; says at which step
             and where, and leaves the model with its last finite parameters.
         ValueError: points that are not finite or not a matrix, settings out of range, or a
             checkpoint that is damaged or belongs to another run.
@@ -124,7 +152,7 @@ def fit(
     checked_positive("steps", steps, zero=True)
     loss = kernel_loss() if loss is None else loss
     generator = make_generator(generator, x.device)
-    run = _Run(model, torch.optim.Adam(model.parameters(), lr=lr), generator)
+    run = _Run(model, torch.optim.Adam(model.parameters(), lr=lr, fused=True), generator)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -136,6 +164,7 @@ def fit(
     if checkpoint is not None and Path(checkpoint).exists():
         run.resume(checkpoint, settings)
 
+    started = time.perf_counter()
     bar = trange(steps, initial=run.step, disable=not progress, desc="fit", unit="step")
     while run.step < steps:
         for group in run.optimizer.param_groups:
@@ -144,19 +173,22 @@ def fit(
         objective = loss(model, x[index], index, generator)
         run.optimizer.zero_grad()
         objective.backward()
-        _check_finite(model, objective, run.step)
-        run.clip_gradient(clip)
+        run.clip_gradient(clip, objective)
         run.optimizer.step()
         run.step += 1
         run.unrecorded.append(float(objective.detach()))
         if run.step % record_every == 0 or run.step == steps:
-            run.record(loss, held_out)
+            run.seconds += time.perf_counter() - started
+            run.record(loss, held_out, measure)
+            started = time.perf_counter()
             bar.set_postfix(objective=f"{run.history[-1].objective:.4g}")
         if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == steps):
+            run.seconds += time.perf_counter() - started
             run.save(checkpoint, settings)
+            started = time.perf_counter()
         bar.update()
     bar.close()
-    return FitResult(model, run.history)
+    return FitResult(model, run.history, run.seconds)
 
 
 @dataclass
@@ -167,26 +199,30 @@ class _Run:
     optimizer: torch.optim.Adam
     generator: torch.Generator
     step: int = 0
+    seconds: float = 0.0
     typical_norm: float | None = None
     unrecorded: list[float] = field(default_factory=list)
     history: list[Record] = field(default_factory=list)
 
-    def clip_gradient(self, clip: float) -> None:
+    def clip_gradient(self, clip: float, objective: Tensor) -> None:
         largest = math.inf if self.typical_norm is None else clip * self.typical_norm
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        if not math.isfinite(norm) or not math.isfinite(float(objective.detach())):
+            raise TrainingStopped(self._diagnosis(objective), self.history, self.seconds)
         clipped = min(norm, largest)
         if self.typical_norm is None:
             self.typical_norm = clipped
         self.typical_norm = 0.99 * self.typical_norm + 0.01 * clipped
 
     @torch.no_grad()
-    def record(self, loss: Loss, held_out: Tensor | None) -> None:
+    def record(self, loss: Loss, held_out: Tensor | None, measure: Callable | None) -> None:
         value = None
         if held_out is not None:
             same_noise = torch.Generator(held_out.device).manual_seed(0)
             value = float(loss(self.model, held_out, None, same_noise))
         mean = sum(self.unrecorded) / len(self.unrecorded)
-        self.history.append(Record(self.step, mean, value))
+        measured = None if measure is None else measure(self.model)
+        self.history.append(Record(self.step, mean, value, measured))
         self.unrecorded.clear()
 
     def save(self, path: str | os.PathLike, settings: dict) -> None:
@@ -200,10 +236,35 @@ class _Run:
             kind="checkpoint",
             settings=settings,
             step=self.step,
+            seconds=self.seconds,
             typical_norm=self.typical_norm,
             unrecorded=self.unrecorded,
             history=self.history,
         )
+
+    def _diagnosis(self, objective: Tensor) -> str:
+        where = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        ]
+        value = float(objective.detach())
+        cause = f"the objective is {value}"
+        if math.isfinite(value):
+            cause = f"the norm of the gradient is not finite (the objective is {value})"
+            if where:
+                cause = (
+                    f"the gradient of {', '.join(where)} is not finite (the objective is {value})"
+                )
+        if isinstance(self.model, KernelModel):
+            with torch.no_grad():
+                tril = self.model.precision_tril(self.model.centers)
+            largest = float(tril.diagonal(dim1=-2, dim2=-1).max())
+            cause += (
+                f"; the narrowest kernel has standard deviation about {1 / largest:.2g}: "
+                "if training points are centres, exclude each at itself, otherwise lower lr"
+            )
+        return f"training stopped at step {self.step}: {cause}"
 
     def resume(self, path: str | os.PathLike, settings: dict) -> None:
         tensors, about = load_tensors(path, kind="checkpoint")
@@ -232,30 +293,10 @@ class _Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
         self.step = about["step"]
+        self.seconds = about["seconds"]
         self.typical_norm = about["typical_norm"]
         self.unrecorded = about["unrecorded"]
         self.history = [Record(*record) for record in about["history"]]
-
-
-def _check_finite(model: nn.Module, objective: Tensor, step: int) -> None:
-    where = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-    ]
-    value = float(objective.detach())
-    if math.isfinite(value) and not where:
-        return
-    cause = f"the objective is {value}" if not math.isfinite(value) else ""
-    cause = cause or f"the gradient of {', '.join(where)} is not finite (the objective is {value})"
-    if isinstance(model, KernelModel):
-        with torch.no_grad():
-            diagonal = model.precision_tril(model.centers).diagonal(dim1=-2, dim2=-1)
-        cause += (
-            f"; the narrowest kernel has standard deviation about {1 / float(diagonal.max()):.2g}: "
-            "if training points are centres, exclude each at itself, otherwise lower lr"
-        )
-    raise FloatingPointError(f"training stopped at step {step}: {cause}")
 
 
 def fit_kernel_model(

@@ -15,6 +15,7 @@ Chapter: *Score-based models* (``book/score-based-models.md``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -139,6 +140,26 @@ class LinearSDE:
             lambda s: torch.sqrt(beta_min + slope * s),
             horizon,
             moments,
+        )
+
+    @classmethod
+    def variance_exploding(cls, std_min: float, std_max: float, horizon: float = 1.0) -> LinearSDE:
+        r""":math:`\mathrm dY = \beta(s)\,\mathrm dW` of Song et al. (2021): the noise grows geometrically.
+
+        .. math:: m = 1, \qquad v(s) = \sigma_{\min}^2\bigl(r^{2s/T} - 1\bigr), \qquad
+                  r = \sigma_{\max} / \sigma_{\min}, \qquad \beta^2 = v' .
+
+        The same laws as Brownian noising, at times that suit a solver from the narrow to the wide.
+        """
+        checked_positive("std_min", std_min)
+        if not std_max > std_min:
+            raise ValueError(f"std_max must be larger than std_min = {std_min:g}, got {std_max:g}")
+        rate = 2 * math.log(std_max / std_min) / checked_positive("horizon", horizon)
+        return cls(
+            torch.zeros_like,
+            lambda s: std_min * math.sqrt(rate) * torch.exp(0.5 * rate * s),
+            horizon,
+            lambda s: (torch.ones_like(s), std_min**2 * torch.expm1(rate * s)),
         )
 
     # ---- the transition kernel ----------------------------------------------------------------
@@ -337,7 +358,7 @@ def sample_probability_flow(
     """
     x = checked_points("start", start)
     _check_stop(sde, stop)
-    return _solve(_velocity(sde, score), x, (sde.horizon, stop), rtol, atol)
+    return _solve(_velocity(sde, score, stop), x, (sde.horizon, stop), rtol, atol)
 
 
 @torch.no_grad()
@@ -369,7 +390,7 @@ def log_prob_probability_flow(
     """
     x = checked_points("x", x)
     _check_stop(sde, stop)
-    velocity = _velocity(sde, score)
+    velocity = _velocity(sde, score, stop)
 
     def augmented(s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return _with_divergence(lambda y: velocity(s, y), state[0])
@@ -379,10 +400,10 @@ def log_prob_probability_flow(
     return terminal_log_prob(end) + change
 
 
-def _velocity(sde: LinearSDE, score: Score) -> Callable[[Tensor, Tensor], Tensor]:
+def _velocity(sde: LinearSDE, score: Score, stop: float) -> Callable[[Tensor, Tensor], Tensor]:
     def velocity(s: Tensor, x: Tensor) -> Tensor:
-        # The solver probes at times rounded to float32, which may lie just outside [0, T].
-        time = min(max(float(s), 0.0), sde.horizon)
+        # The solver steps past the end and interpolates back; and it rounds times to x's dtype.
+        time = min(max(float(s), stop), sde.horizon)
         rate, beta = _coefficients(sde, time)
         return -rate * x - 0.5 * beta**2 * _evaluate(score, x, time)
 

@@ -1,0 +1,400 @@
+"""Experiments: records are whole and loaded only as they were made; killed runs go on; CLI."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from wpo_notes import __main__ as cli
+from wpo_notes import datasets
+from wpo_notes.denoiser import ScoreNetwork
+from wpo_notes.experiments import EXPERIMENTS, denoising, figure5, figure6, kernel, runs
+from wpo_notes.experiments.denoising import DenoisingRun, SideBySide
+from wpo_notes.experiments.figure4 import conditional_blocks
+from wpo_notes.experiments.kernel import KernelRun
+from wpo_notes.experiments.records import Record
+from wpo_notes.experiments.runs import Case
+from wpo_notes.losses import denoising_score_matching
+from wpo_notes.mixture import GaussianMixture
+
+TINY = KernelRun(
+    data="swissroll",
+    mode="leave one out",
+    n=200,
+    centers=20,
+    steps=30,
+    seed=0,
+    hidden=(8, 8),
+    record_every=10,
+    measured=100,
+    samples=50,
+    dtype="float64",
+)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- records
+
+
+@pytest.fixture
+def record():
+    return Record(
+        "figure2",
+        "tiny",
+        {"n": 3, "hidden": [64, 64], "lr": 2e-3},
+        {"kl": 0.25, "stopped": None},
+        [{"step": 1, "objective": -1.5}],
+        {"samples": np.arange(6.0).reshape(3, 2)},
+        1.5,
+        {"commit": "abc"},
+    )
+
+
+def test_record_comes_back_as_it_was(record, tmp_path):
+    record.save(tmp_path)
+    # a tuple is a list in JSON, and the same settings
+    back = Record.load(tmp_path, "figure2", "tiny", {"n": 3, "hidden": (64, 64), "lr": 2e-3})
+    assert np.array_equal(back.arrays.pop("samples"), record.arrays["samples"])
+    assert replace(back, arrays={}) == replace(record, arrays={})
+
+
+def test_record_of_other_settings_is_refused(record, tmp_path):
+    record.save(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(lr is 0.002, not 0.001; seed is None"):
+        Record.load(tmp_path, "figure2", "tiny", record.settings | {"lr": 1e-3, "seed": 1})
+
+
+def test_missing_record_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m wpo_notes figure2 --scale paper --case"):
+        Record.load(tmp_path, "figure2", "tiny", {})
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "removed"])
+def test_damaged_record_is_refused(record, tmp_path, suffix, damage):
+    record.save(tmp_path)
+    path = tmp_path / "figure2" / f"tiny{suffix}"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-20])
+    elif damage == "changed":
+        path.write_bytes(content.replace(b"0.25", b"0.20") + (b"x" if suffix == ".npz" else b""))
+    elif suffix == ".npz":
+        path.unlink()
+    else:
+        path.write_bytes(b"[]")
+    with pytest.raises(ValueError, match=r"is damaged.*restore it from a copy"):
+        Record.load(tmp_path, "figure2", "tiny", record.settings)
+
+
+# ---- runs
+
+
+def same(first, second):
+    """Equal up to what a repetition may change: times, machine and date."""
+    assert first.settings == second.settings
+    assert first.metrics == second.metrics
+    assert first.history == second.history
+    assert first.arrays.keys() == second.arrays.keys()
+    for name, array in first.arrays.items():
+        assert np.array_equal(array, second.arrays[name]), name
+
+
+def test_run_keeps_a_record_and_does_not_run_again(tmp_path, monkeypatch):
+    case = Case("figure2", "tiny", TINY)
+    record = runs.run(case, tmp_path, progress=False)
+    assert sorted(path.name for path in (tmp_path / "figure2").iterdir()) == [
+        "tiny.json",
+        "tiny.npz",
+    ]
+    assert record.environment["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(KernelRun, "run", lambda *_, **__: pytest.fail("ran again"))
+    same(runs.run(case, tmp_path), record)
+    assert list(runs.available([case, Case("figure2", "other", TINY)], tmp_path)) == ["tiny"]
+    with pytest.raises(ValueError, match="made with other settings"):
+        runs.run(Case("figure2", "tiny", replace(TINY, seed=1)), tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from wpo_notes.experiments import kernel, runs
+from test_experiments import TINY
+calls = 0
+measure = kernel._Watch.__call__
+def watched(self, model):
+    global calls
+    calls += 1
+    if calls == 3:  # at step 30, with the checkpoint of step 20 on disk
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(self, model)
+kernel._Watch.__call__ = watched
+runs.run(runs.Case("figure2", "tiny", TINY), sys.argv[1], progress=False)
+"""
+
+
+def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path):
+    whole = Case("figure2", "tiny", TINY).record()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env={
+            "PYTHONPATH": str(runs.__file__).split("wpo_notes")[0] + "tests",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=str(runs.__file__).split("wpo_notes")[0],
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = (tmp_path / "figure2").iterdir()
+    assert left.suffix == ".checkpoint"
+    resumed = runs.run(Case("figure2", "tiny", TINY), tmp_path, progress=False)
+    assert [entry["step"] for entry in resumed.history] == [10, 20, 30]
+    same(resumed, whole)
+
+
+# ---- the kernel model, watched
+
+
+@pytest.mark.parametrize("mode", kernel.MODES)
+def test_kernel_run_measures_what_it_says(mode):
+    settings = replace(TINY, mode=mode)
+    result = settings.run(device=torch.device("cpu"))
+    assert [entry["step"] for entry in result.history] == [10, 20, 30]
+    assert ("objective_centers" in result.metrics) == (mode != "disjoint")
+    model = kernel.kernel_model(result.arrays, settings.hidden)
+    law = datasets.get("swissroll")
+    generator = rng(10_000)
+    fresh = law.sample(100, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        mixture = model()
+        difference = law.log_prob(fresh) - mixture.log_prob(fresh)
+    assert result.metrics["kl"] == pytest.approx(float(difference.mean()), rel=1e-12)
+    deviations = torch.linalg.eigvalsh(torch.cholesky_inverse(mixture.precision_tril)).sqrt()
+    assert result.metrics["narrowest_width"] == pytest.approx(float(deviations.min()), rel=1e-8)
+    typical = deviations.log().mean(-1).exp().median()
+    assert result.metrics["typical_width"] == pytest.approx(float(typical), rel=1e-8)
+
+
+def test_literal_run_scores_centres_at_themselves():
+    # At a centre the objective has the term -2 Tr Gamma, which the others lack; leaving it out cures it.
+    literal, cured = (
+        replace(TINY, mode=mode, steps=60, record_every=60).run(device=torch.device("cpu")).metrics
+        for mode in ("literal", "leave one out")
+    )
+    assert literal["objective_centers"] < 2 * literal["objective_others"] < 0
+    assert cured["objective_centers"] > literal["objective_centers"]
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="mode must be one of"):
+        replace(TINY, mode="leave-one-out")
+
+
+def test_overflow_is_kept_in_the_record(monkeypatch):
+    calls = []
+
+    def loss(exclude):
+        def overflowing(model, x, index, generator):
+            calls.append(1)
+            scale = math.inf if len(calls) > 15 else 1.0
+            return scale * sum(p.square().sum() for p in model.parameters())
+
+        return overflowing
+
+    monkeypatch.setattr(kernel, "kernel_loss", loss)
+    result = TINY.run(device=torch.device("cpu"))
+    assert "training stopped at step 15" in result.metrics["stopped"]
+    assert [entry["step"] for entry in result.history] == [10]
+
+
+# ---- score networks side by side
+
+
+def test_networks_side_by_side_are_the_networks():
+    networks = [
+        ScoreNetwork(2, hidden=(8, 8), data_std=s, dtype=torch.float64, generator=rng(k))
+        for k, s in enumerate((0.5, 1.0, 2.0))
+    ]
+    for network in networks:
+        torch.nn.init.normal_(network.network[-1].weight, generator=rng(7))
+    model = SideBySide(networks)
+    y = torch.randn(3, 5, 2, dtype=torch.float64, generator=rng())
+    std = torch.rand(3, 5, dtype=torch.float64, generator=rng(1)) + 0.1
+    expected = torch.stack([net(y[k], std[k]) for k, net in enumerate(networks)])
+    torch.testing.assert_close(model(y, std), expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    changed = torch.stack([net(y[k], std[k]) for k, net in enumerate(model.networks())])
+    torch.testing.assert_close(model(y, std), changed, rtol=1e-12, atol=1e-12)
+
+
+def test_loss_side_by_side_is_the_sum_of_the_losses():
+    networks = [
+        ScoreNetwork(2, hidden=(8,), data_std=1.0, dtype=torch.float64, generator=rng(k))
+        for k in range(2)
+    ]
+    for network in networks:
+        torch.nn.init.normal_(network.network[-1].weight, generator=rng(7))
+    rows = torch.randn(4000, 4, dtype=torch.float64, generator=rng())
+    loss = denoising.side_by_side_loss(2, 0.4999, 0.5001)
+    together = float(loss(SideBySide(networks), rows, None, rng(1)).detach())
+    apart = sum(
+        float(denoising_score_matching(network, part, std=0.5, generator=rng(k)).detach())
+        for k, (network, part) in enumerate(zip(networks, rows.split(2, -1), strict=True))
+    )
+    # other noise: 8000 terms of standard deviation about 3 each side
+    assert together == pytest.approx(apart, abs=0.4)
+
+
+def test_training_side_by_side_learns_each_law_as_well_as_its_own_network():
+    settings = DenoisingRun(
+        data=("swissroll", "moons"),
+        n=2000,
+        steps=1000,
+        seed=0,
+        lr=3e-3,
+        hidden=(32, 32),
+        record_every=200,
+        measured=300,
+        samples=100,
+    )
+    result = settings.run(device=torch.device("cpu"))
+    assert result.history[-1]["objective"] < result.history[0]["objective"]
+    for name in settings.data:
+        assert result.arrays[f"samples.{name}"].shape == (100, 2)
+        # An untrained network's density is the normal one with the data's variance.
+        law = datasets.get(name)
+        x = law.sample(2000, generator=rng(5), dtype=torch.float64)
+        normal = torch.distributions.MultivariateNormal(torch.zeros_like(x[0]), x.T.cov())
+        untrained = float((law.log_prob(x) - normal.log_prob(x)).mean())
+        assert -0.05 < result.metrics[name]["kl"] < 0.75 * untrained
+
+
+def test_denoiser_likelihood_of_a_normal_law_is_exact():
+    # The untrained network has the score of N(0, data_std^2): its density at the smallest noise is known.
+    network = ScoreNetwork(2, hidden=(8,), data_std=1.3, dtype=torch.float64, generator=rng())
+    x = torch.randn(50, 2, dtype=torch.float64, generator=rng())
+    log_prob = denoising.denoiser_log_prob(network, x, 0.01, 10.0)
+    normal = torch.distributions.Normal(0.0, math.sqrt(1.3**2 + 0.01**2))
+    torch.testing.assert_close(log_prob, normal.log_prob(x).sum(-1), rtol=0, atol=1e-5)
+    drawn = denoising.denoiser_samples(network, 4000, 0.01, 10.0, generator=rng(1))
+    # standard error of a standard deviation from 8000 numbers: 0.8 %
+    assert float(drawn.std()) == pytest.approx(1.3, rel=0.04)
+
+
+# ---- the figures' own functions
+
+
+def test_conditional_blocks_are_narrower_than_marginals():
+    covariance = torch.tensor(
+        [[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64
+    )
+    centers = torch.zeros(1, 3, dtype=torch.float64)
+    mixture = GaussianMixture.from_covariance(centers, covariance)
+    wrong = conditional_blocks(mixture, (0, 2)).covariance_matrix
+    right = mixture.marginal((0, 2)).covariance_matrix
+    torch.testing.assert_close(right, torch.eye(2, dtype=torch.float64))
+    # given the second coordinate, the first has variance 1 - 0.81
+    torch.testing.assert_close(wrong.diagonal(), torch.tensor([0.19, 1.0], dtype=torch.float64))
+
+
+def test_axes_along_the_curve():
+    # Kernels made to lie along the moons, turned by 10 degrees.
+    law = datasets.get("moons")
+    centers = law.sample(50, generator=rng(), dtype=torch.float64)
+    nearest = law.nearest(centers)
+    turn = math.radians(10)
+    rotation = torch.tensor(
+        [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]], dtype=torch.float64
+    )
+    long_axis = nearest.tangent @ rotation.T
+    short_axis = torch.stack([-long_axis[:, 1], long_axis[:, 0]], -1)
+    axes = torch.stack([0.3 * long_axis, 0.01 * short_axis], -1)
+    mixture = GaussianMixture.from_covariance(centers, axes @ axes.mT)
+    found = figure5.axes_along_curve(mixture, law)
+    torch.testing.assert_close(found.angle, torch.full_like(found.angle, 10.0))
+    along = math.hypot(0.3 * math.cos(turn), 0.01 * math.sin(turn))
+    across = math.hypot(0.3 * math.sin(turn), 0.01 * math.cos(turn))
+    torch.testing.assert_close(found.along, torch.full_like(found.along, along))
+    torch.testing.assert_close(found.across, torch.full_like(found.across, across))
+
+
+def test_bandwidth_by_leave_one_out_is_its_definition():
+    x = torch.randn(60, 2, dtype=torch.float64, generator=rng())
+    variance = figure6.leave_one_out_variance(x)
+
+    def objective(v):
+        parts = [
+            GaussianMixture.from_variance(torch.cat([x[:i], x[i + 1 :]]), v).log_prob(x[i : i + 1])
+            for i in range(len(x))
+        ]
+        return float(torch.cat(parts).mean())
+
+    best = objective(variance)
+    for factor in (0.5, 0.9, 1.1, 2.0):
+        assert objective(factor * variance) < best + 1e-4
+
+
+def test_best_variance_finds_the_noise():
+    # Points are centres plus noise of variance 0.09, and the centres are far apart.
+    centers = 10 * torch.randn(30, 2, dtype=torch.float64, generator=rng())
+    noise = torch.randn(40, 30, 2, dtype=torch.float64, generator=rng(1))
+    points = (centers + 0.3 * noise).reshape(-1, 2)
+    assert figure6.best_variance(centers, points) == pytest.approx(0.09, rel=0.1)
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("scale", ["quick", "paper"])
+def test_cases_have_names_and_settings_of_their_own(scale):
+    for name, experiment in EXPERIMENTS.items():
+        cases = experiment.cases(scale)
+        assert cases, name
+        found = {}
+        for case in cases:
+            assert found.setdefault(case.name, case) == case
+            json.dumps(case.settings.__dict__)
+
+
+def test_command_runs_a_case_and_prints_its_numbers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        EXPERIMENTS["figure2"],
+        "cases",
+        lambda scale, data=None, seed=0: [Case("figure2", "tiny", TINY)],
+    )
+    cli.main(["figure2", "--out", str(tmp_path), "--data", "swissroll", "--case", "tiny"])
+    assert "figure2 tiny" in (line := capsys.readouterr().out)
+    assert "kl 0." in line
+    assert (tmp_path / "figure2" / "tiny.json").is_file()
+
+
+def test_list_has_a_command_for_every_case(capsys):
+    cli.main(["list", "--scale", "paper"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "figure2 --scale paper --case moons-literal-seed0" in lines
+    assert len(lines) == len(set(lines))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure4", "--data", "moons"], "figure4 has no --data"),
+        (["figure2", "--case", "nothing"], "figure2 has no case 'nothing'"),
+        (["figure7"], "invalid choice: 'figure7'"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err

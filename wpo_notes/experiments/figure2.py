@@ -1,0 +1,68 @@
+"""Figure 2: samples of eight laws, of the kernel model, and of denoising score matching.
+
+Chapter: *Figure 2* (``book/figure-2.md``).
+"""
+
+from __future__ import annotations
+
+from wpo_notes.datasets import PLANAR
+from wpo_notes.experiments.denoising import DenoisingRun
+from wpo_notes.experiments.kernel import KernelRun
+from wpo_notes.experiments.runs import Case
+
+__all__ = ["cases", "denoising_cases", "kernel_cases"]
+
+# Section 5.1: 5e4 training points, 5000 of them centres, 5e4 steps of batch 64.
+_KERNEL = {
+    "paper": {"n": 50_000, "centers": 5000, "steps": 50_000, "record_every": 2500},
+    "quick": {
+        "n": 2000,
+        "centers": 200,
+        "steps": 400,
+        "record_every": 400,
+        "measured": 1000,
+        "samples": 1000,
+    },
+}
+# After as many steps as the kernel model, and after twenty times as many.
+_STEPS = {"paper": (50_000, 1_000_000), "quick": (400, 8000)}
+_DENOISING = {
+    "paper": {"n": 50_000},
+    "quick": {"n": 2000, "measured": 500, "samples": 1000, "record_every": 400},
+}
+_MODES = {"paper": ("literal", "leave one out"), "quick": ("leave one out",)}
+
+
+def cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
+    """All runs of the figure, or those on one law."""
+    return [
+        *denoising_cases(scale, data=data, seed=seed),
+        *kernel_cases(scale, data=data, seed=seed),
+    ]
+
+
+def kernel_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
+    """Runs of the kernel model: as printed (at paper scale) and with the centres left out."""
+    return [
+        Case(
+            "figure2",
+            f"{name}-{mode.replace(' ', '-')}-seed{seed}",
+            KernelRun(data=name, mode=mode, seed=seed, **_KERNEL[scale]),
+        )
+        for mode in reversed(_MODES[scale])
+        for name in ((data,) if data else PLANAR)
+    ]
+
+
+def denoising_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
+    """Runs of denoising score matching, one network a law, side by side."""
+    names = (data,) if data else PLANAR
+    prefix = f"{data}-" if data else ""
+    return [
+        Case(
+            "figure2",
+            f"{prefix}dsm-{steps}-seed{seed}",
+            DenoisingRun(data=names, steps=steps, seed=seed, **_DENOISING[scale]),
+        )
+        for steps in reversed(_STEPS[scale])
+    ]

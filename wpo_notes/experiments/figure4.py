@@ -1,0 +1,59 @@
+"""Figure 4: the swissroll in six dimensions, its pairwise marginals, and what sub-blocks would show.
+
+Chapter: *Figures 3 and 4* (``book/figures-3-4.md``).
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+
+from wpo_notes.experiments.kernel import KernelRun
+from wpo_notes.experiments.runs import Case
+from wpo_notes.mixture import GaussianMixture
+
+__all__ = ["PAIRS", "cases", "conditional_blocks"]
+
+PAIRS = tuple(combinations(range(6), 2))
+# Section 5.1: 1e6 training points, 5000 centres, six hidden layers, 1e5 steps of batch 64.
+_SETTINGS = {
+    "paper": {
+        "n": 1_000_000,
+        "centers": 5000,
+        "steps": 100_000,
+        "hidden": (64,) * 6,
+        "record_every": 5000,
+    },
+    "quick": {
+        "n": 20_000,
+        "centers": 300,
+        "steps": 400,
+        "hidden": (64,) * 6,
+        "record_every": 400,
+        "measured": 1000,
+    },
+}
+_MODES = {"paper": ("leave one out", "literal"), "quick": ("leave one out",)}
+
+
+def cases(scale: str, *, seed: int = 0) -> list[Case]:
+    """The runs: with the centres left out, and (at paper scale) as printed."""
+    return [
+        Case(
+            "figure4",
+            f"{mode.replace(' ', '-')}-seed{seed}",
+            KernelRun(data="swissroll6d", mode=mode, seed=seed, **_SETTINGS[scale]),
+        )
+        for mode in _MODES[scale]
+    ]
+
+
+def conditional_blocks(mixture: GaussianMixture, dims: tuple[int, int]) -> GaussianMixture:
+    """What comes of taking sub-blocks of the precisions for those of a marginal.
+
+    A sub-block of a precision is that of the kernel *given* its other coordinates: too narrow.
+    """
+    rows = mixture.precision_tril[:, dims]
+    tril = torch.linalg.cholesky(rows @ rows.mT)
+    return GaussianMixture(mixture.centers[:, dims], tril, log_weights=mixture.log_weights)
