@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,10 +261,10 @@ def test_training_side_by_side_learns_each_law_as_well_as_its_own_network():
     settings = DenoisingRun(
         data=("swissroll", "moons"),
         n=2000,
-        steps=1000,
+        steps=2000,
         seed=0,
         lr=3e-3,
-        hidden=(32, 32),
+        hidden=(64,) * 3,
         record_every=200,
         measured=300,
         samples=100,
@@ -351,6 +352,25 @@ def test_best_variance_finds_the_noise():
     noise = torch.randn(40, 30, 2, dtype=torch.float64, generator=rng(1))
     points = (centers + 0.3 * noise).reshape(-1, 2)
     assert figure6.best_variance(centers, points) == pytest.approx(0.09, rel=0.1)
+
+
+# ---- the records that the book shows
+
+
+RESULTS = Path(runs.__file__).parents[2] / "book" / "results"
+
+
+@pytest.mark.parametrize("experiment", [path.name for path in sorted(RESULTS.glob("*"))])
+def test_every_record_in_the_book_belongs_to_a_case_and_is_whole(experiment):
+    found = runs.available(EXPERIMENTS[experiment].cases("paper"), RESULTS)
+    assert sorted(found) == sorted(path.stem for path in (RESULTS / experiment).glob("*.json"))
+    for record in found.values():
+        assert record.environment["commit"]
+        assert record.seconds > 0
+
+
+def test_records_are_small():
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*.*")) < 20e6
 
 
 # ---- the command line
