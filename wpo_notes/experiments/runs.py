@@ -57,13 +57,14 @@ class Case:
     ) -> Record:
         """Run the case and return its record."""
         device = torch.device(device)
+        about = environment(device)  # now: the commit may change while the case runs
         result = self.settings.run(device=device, checkpoint=checkpoint, progress=progress)
         return Record(
             self.experiment,
             self.name,
             json.loads(json.dumps(asdict(self.settings))),  # as they are read back
             *result,
-            environment=environment(device),
+            environment=about,
         )
 
     def load(self, folder: str | os.PathLike) -> Record:
