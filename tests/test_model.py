@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from wpo_notes.model import KernelModel
+from wpo_notes.mixture import GaussianMixture
+from wpo_notes.model import FreeKernelModel, KernelModel
 
 
 def centers(n=30, d=2, seed=0, dtype=torch.float64):
@@ -196,3 +197,67 @@ def test_no_tensor_is_made_on_the_default_device():
         value = mixture.log_prob(z)
     assert value.device.type == "cpu"
     assert torch.isfinite(value).all()
+
+
+# ---- free centres and precisions ------------------------------------------------------------------
+
+
+def start(n=6, d=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tril = 3 * torch.eye(d, dtype=torch.float64) + torch.randn(
+        n, d, d, generator=generator, dtype=torch.float64
+    ).tril(-1)
+    return GaussianMixture(
+        centers(n, d, seed), tril, log_weights=torch.randn(n, generator=generator).double()
+    )
+
+
+def test_free_model_starts_at_its_start():
+    mixture = FreeKernelModel(start())()
+    x = centers(seed=3)
+    torch.testing.assert_close(mixture.log_prob(x), start().log_prob(x), rtol=1e-12, atol=1e-12)
+
+
+def test_free_kernels_move_in_their_own_coordinates():
+    model = perturbed(FreeKernelModel(start()))
+    mixture = model()
+    # whitened by the start's factor, the shift is the parameter
+    moved = torch.einsum("nji,nj->ni", start().precision_tril, mixture.centers - start().centers)
+    torch.testing.assert_close(moved, model.shift.detach())
+    relative = torch.linalg.solve_triangular(
+        start().precision_tril, mixture.precision_tril, upper=False
+    )
+    torch.testing.assert_close(relative[:, 1, 0], model.entries[:, 1].detach())
+    assert (relative.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def test_no_free_kernel_becomes_much_wider_than_the_centres_are_spread():
+    model = FreeKernelModel(start())
+    torch.nn.init.constant_(model.entries, -50)
+    with torch.no_grad():
+        model.entries[:, 1] = 0
+    diagonal = model().precision_tril.diagonal(dim1=-2, dim2=-1)
+    assert (1 / diagonal <= 2 * start().centers.std(0)).all()
+
+
+def test_free_model_gives_the_factor_of_the_nearest_kernel():
+    model = perturbed(FreeKernelModel(start()))
+    mixture = model()
+    order = torch.tensor([3, 0, 5])
+    near = mixture.centers[order] + 1e-9
+    torch.testing.assert_close(model.precision_tril(near), mixture.precision_tril[order])
+
+
+@pytest.mark.parametrize("load", [KernelModel.load, FreeKernelModel.load])
+def test_saved_free_model_is_the_same_model(tmp_path, load):
+    model = perturbed(FreeKernelModel(start()))
+    model.save(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert isinstance(loaded, FreeKernelModel)
+    x = centers(seed=3)
+    assert torch.equal(loaded().log_prob(x), model().log_prob(x))
+
+
+def test_free_model_needs_two_kernels():
+    with pytest.raises(ValueError, match="at least 2 kernels, got 1"):
+        FreeKernelModel(start(n=1))

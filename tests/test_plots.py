@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from scipy.stats import multivariate_normal
 
 from wpo_notes import plots
 from wpo_notes.mixture import GaussianMixture
@@ -108,6 +109,39 @@ def test_density_asks_for_points_of_the_given_dtype_and_device(ax):
     assert asked[0].dtype == torch.float32
     assert asked[0].device.type == "cpu"
     assert asked[0].shape == (9, 2)
+
+
+def test_density_grid_is_the_density_at_the_pixels_and_has_its_mass():
+    # SciPy's density on points laid out by NumPy; the midpoint rule on a smooth density that the
+    # rectangle holds is exact to far below 1e-6.
+    law = mixture()
+    extent = (-15.0, 19.0, -18.0, 17.0)
+    values = plots.density_grid(law.log_prob, extent, resolution=300)
+    across = np.linspace(-15, 19, 301)[:-1] + 34 / 600
+    upwards = np.linspace(-18, 17, 301)[:-1] + 35 / 600
+    points = np.stack(np.meshgrid(across, upwards), -1)
+    expected = np.mean(
+        [
+            multivariate_normal(center.numpy(), covariance.numpy()).pdf(points)
+            for center, covariance in zip(
+                law.centers, torch.cholesky_inverse(law.precision_tril), strict=True
+            )
+        ],
+        axis=0,
+    )
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-9, atol=1e-30)
+    assert float(values.sum()) * 34 * 35 / 300**2 == pytest.approx(1, abs=1e-6)
+
+
+def test_image_has_the_first_row_at_the_bottom(ax):
+    values = torch.tensor([[1.0, 2.0], [3.0, -4.0]], requires_grad=True)
+    assert plots.image(ax, values, (0.0, 2.0, -1.0, 1.0), vmin=-4, vmax=4, cmap="PuOr") is ax
+    (drawn,) = ax.images
+    assert tuple(drawn.get_extent()) == (0.0, 2.0, -1.0, 1.0)
+    assert drawn.origin == "lower"
+    np.testing.assert_array_equal(drawn.get_array(), values.detach().numpy())
+    # A signed difference of zero lies in the middle of the colours.
+    assert float(drawn.norm(0.0)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("deviations", [1.0, 2.0])

@@ -17,12 +17,14 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
+from wpo_notes._clusters import clusters
 from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes.losses import implicit_score_matching
-from wpo_notes.model import KernelModel
+from wpo_notes.mixture import GaussianMixture
+from wpo_notes.model import FreeKernelModel, KernelModel
 
 __all__ = [
     "FitResult",
@@ -31,9 +33,14 @@ __all__ = [
     "constant",
     "cosine",
     "fit",
+    "fit_algorithm_1",
     "fit_kernel_model",
     "kernel_loss",
 ]
+
+# Numbers of centres up to this are tried even if fewer were likelier: on the way to the right number the
+# likelihood may fall once, and small mixtures are cheap.
+_ALWAYS_TRIED = 8
 
 Loss = Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
 
@@ -258,7 +265,7 @@ class _Run:
                 )
         if isinstance(self.model, KernelModel):
             with torch.no_grad():
-                tril = self.model.precision_tril(self.model.centers)
+                tril = self.model().precision_tril
             largest = float(tril.diagonal(dim1=-2, dim2=-1).max())
             cause += (
                 f"; the narrowest kernel has standard deviation about {1 / largest:.2g}: "
@@ -302,6 +309,116 @@ class _Run:
 def fit_kernel_model(
     x: Float[Tensor, "n d"],
     *,
+    centers: int | None = None,
+    members: int = 5,
+    steps: int = 200,
+    batch_size: int = 512,
+    lr: float = 1e-2,
+    checkpoint: str | os.PathLike | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> KernelModel:
+    r"""Kernel model of the samples x: terminal score matching (30) from clusters, pooled over folds.
+
+    The points are split into as many folds as there are members. A member is fitted to the points outside
+    its fold: k-means gives its centres, with the shares of the points as weights and the clusters'
+    covariances to start from, and implicit score matching at the terminal time moves centres and
+    precisions. The number of centres is doubled until the mean log-likelihood of the points under the
+    member that has not seen them falls; then two numbers between are tried. The model is the mixture of the members with equal weights,
+    again a kernel model: by the convexity of the divergence it is no worse than they are on average,
+    and what score matching over-fits is different in each.
+
+    All is done in standardised coordinates, so that the data's units do not matter.
+
+    Args:
+        x: (n, d), distinct samples of the law to learn, float32 or float64.
+        centers: number of kernels in all; chosen by cross-validation if None.
+        members: number of folds, and of mixtures that are pooled, at least 2.
+        steps: Adam steps of each member.
+        batch_size: points a step.
+        lr: learning rate at the start of the cosine schedule. A kernel's log-width changes by at most about
+            lr times half the steps, which keeps every kernel from becoming a needle.
+        checkpoint: folder of the members' checkpoints, from which a killed fit goes on.
+        generator: source of folds, clusters and batches.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: x is not a floating matrix of distinct finite points that vary in
+            each coordinate, or has too few points for the centres.
+    """
+    x = checked_sample_set("x", x)
+    generator = make_generator(generator, x.device)
+    n, d = x.shape
+    # Points a centre, at least: a member's clusters shall have points enough for a covariance.
+    most = (n - n // members) // (2 * (d + 1)) if members >= 2 else 0
+    smallest = 2 if centers is None else -(-centers // members) if members >= 2 else 0
+    if not 2 <= smallest <= most:
+        asked = "" if centers is None else f" with {centers} centres"
+        raise ValueError(
+            f"{n} points in {d} dimensions{asked} are too few or too many for {members} members: each "
+            f"needs from 2 to (points outside its fold) / {2 * (d + 1)} centres, so bring more points "
+            "or ask for other numbers"
+        )
+    offset, scale = x.mean(0), x.std(0)
+    points = (x - offset) / scale
+    fold = torch.randperm(n, generator=generator, device=x.device) % members
+    results: dict[int, tuple[float, list[GaussianMixture]]] = {}
+    bar = tqdm(desc="fit_kernel_model", unit=" members", disable=not progress)
+
+    def cross_validate(size: int) -> float:
+        """Fit the members with `size` centres each; their log-likelihood on the points that they have not seen."""
+        likelihood, mixtures = 0.0, []
+        for k in range(members):
+            seen = points[fold != k]
+            model = FreeKernelModel(clusters(seen, size, generator=generator))
+            path = None
+            if checkpoint is not None:
+                Path(checkpoint).mkdir(parents=True, exist_ok=True)
+                path = Path(checkpoint) / f"{size}-centres-fold-{k}"
+            fit(
+                model,
+                seen,
+                steps=steps,
+                batch_size=batch_size,
+                lr=lr,
+                checkpoint=path,
+                generator=generator,
+                progress=False,
+            )
+            with torch.no_grad():
+                mixtures.append(model())
+                likelihood += float(mixtures[-1].log_prob(points[fold == k]).sum()) / n
+            bar.update()
+            bar.set_postfix(centres=size)
+        results[size] = likelihood, mixtures
+        return likelihood
+
+    def best() -> int:
+        return max(results, key=lambda size: results[size][0])
+
+    cross_validate(smallest)
+    if centers is None:
+        size = smallest
+        while 2 * size <= most and (size <= _ALWAYS_TRIED or best() == size):
+            size *= 2
+            cross_validate(size)
+        for between in (best() / 2**0.5, best() * 2**0.5):
+            size = round(between)
+            if 2 < size <= most and size not in results:
+                cross_validate(size)
+    bar.close()
+    chosen = results[best()][1]
+    pooled = GaussianMixture(
+        torch.cat([mixture.centers for mixture in chosen]) * scale + offset,
+        torch.cat([mixture.precision_tril for mixture in chosen]) / scale[:, None],
+        log_weights=torch.cat([mixture.log_weights for mixture in chosen]),
+    )
+    return FreeKernelModel(pooled)
+
+
+def fit_algorithm_1(
+    x: Float[Tensor, "n d"],
+    *,
     centers: int | Float[Tensor, "N d"] = 1000,
     leave_one_out: bool = False,
     held_out: Float[Tensor, "m d"] | None = None,
@@ -310,9 +427,9 @@ def fit_kernel_model(
     generator: torch.Generator | None = None,
     **options,
 ) -> KernelModel:
-    """Algorithm 1 on the samples x, without ever scoring a centre at itself.
+    """Algorithm 1 of the paper on the samples x, without ever scoring a centre at itself.
 
-    That makes the objective the right one; it does not prevent over-fitting. With few points a centre,
+    The centres are samples, and a network gives their precisions. Leaving a centre out at itself makes the objective the right one; it does not prevent over-fitting. With few points a centre,
     or a high learning rate, single kernels can become needles (Proposition *Needles* of the
     chapter): compare the objective on `held_out` points, or the likelihood of fresh ones.
 

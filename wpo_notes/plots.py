@@ -16,7 +16,17 @@ from torch import Tensor
 
 from wpo_notes.mixture import GaussianMixture
 
-__all__ = ["COLORS", "INK", "density", "ellipses", "order_of_convergence", "samples", "use_style"]
+__all__ = [
+    "COLORS",
+    "INK",
+    "density",
+    "density_grid",
+    "ellipses",
+    "image",
+    "order_of_convergence",
+    "samples",
+    "use_style",
+]
 
 # Okabe and Ito's palette, without its black and yellow: distinct for colour-blind readers. The first
 # four have contrast 3 or more on white and on dark pages; the last two only on dark ones: large marks.
@@ -67,6 +77,36 @@ def samples(ax: Axes, x: Tensor, **style) -> Axes:
     return ax
 
 
+def density_grid(
+    log_prob: Callable[[Tensor], Tensor],
+    extent: tuple[float, float, float, float],
+    *,
+    resolution: int = 200,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Density exp(log_prob) at the centres of the pixels of (left, right, bottom, top).
+
+    Row k from below, column j from the left: (resolution, resolution), for `image`. Times the area of a
+    pixel, the sum is the mass on the rectangle by the midpoint rule. `log_prob` is called once, with
+    points (n, 2) of the given dtype and device.
+    """
+    left, right, bottom, top = extent
+    fraction = (torch.arange(resolution, dtype=dtype, device=device) + 0.5) / resolution
+    points = torch.cartesian_prod(
+        left + (right - left) * fraction, bottom + (top - bottom) * fraction
+    )
+    with torch.no_grad():
+        return log_prob(points).exp().reshape(resolution, resolution).T
+
+
+def image(ax: Axes, values: Tensor, extent: tuple[float, float, float, float], **style) -> Axes:
+    """Image of values (rows from below, columns from the left) on (left, right, bottom, top)."""
+    style = {"cmap": "viridis", "interpolation": "bilinear"} | style
+    ax.imshow(_array(values), extent=extent, origin="lower", **style)
+    return ax
+
+
 def density(
     ax: Axes,
     log_prob: Callable[[Tensor], Tensor],
@@ -77,21 +117,9 @@ def density(
     device: torch.device | str = "cpu",
     **style,
 ) -> Axes:
-    """Image of the density exp(log_prob) on (left, right, bottom, top).
-
-    Each pixel shows the value at its centre; `log_prob` is called once, with points (n, 2) of the
-    given dtype and device.
-    """
-    left, right, bottom, top = extent
-    fraction = (torch.arange(resolution, dtype=dtype, device=device) + 0.5) / resolution
-    points = torch.cartesian_prod(
-        left + (right - left) * fraction, bottom + (top - bottom) * fraction
-    )
-    with torch.no_grad():
-        values = log_prob(points).exp().reshape(resolution, resolution).T
-    style = {"cmap": "viridis", "vmin": 0, "interpolation": "bilinear"} | style
-    ax.imshow(_array(values), extent=extent, origin="lower", **style)
-    return ax
+    """Image of the density exp(log_prob) on (left, right, bottom, top), see `density_grid`."""
+    values = density_grid(log_prob, extent, resolution=resolution, dtype=dtype, device=device)
+    return image(ax, values, extent, **{"vmin": 0} | style)
 
 
 def ellipses(

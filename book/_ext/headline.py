@@ -18,17 +18,19 @@ def main() -> None:
     """Fit the kernel model to thin moons and draw data, learned ellipses, density and samples."""
     generator = torch.Generator().manual_seed(0)
     x = get("moons").sample(10_000, generator=generator)
-    model = fit_kernel_model(x, centers=300, steps=1000, generator=generator)
+    model = fit_kernel_model(x, generator=generator)
     with torch.no_grad():
         mixture = model()
     plots.use_style()
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.1))
     plots.samples(axes[0], x[:3000])
-    plots.ellipses(axes[1], mixture, torch.arange(0, 300, 5), linewidth=0.8)
+    count = len(mixture.centers)
+    shown = torch.randperm(count, generator=generator)[:60]
+    plots.ellipses(axes[1], mixture, shown, linewidth=0.8)
     extent = (-3.3, 3.3, -1.9, 1.9)
     plots.density(axes[2], mixture.log_prob, extent, resolution=400, dtype=x.dtype)
     plots.samples(axes[3], mixture.sample((3000,), generator=generator))
-    titles = ("data", "60 of 300 learned kernels", "density", "new samples")
+    titles = ("data", f"60 of {count} learned kernels", "density", "new samples")
     for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

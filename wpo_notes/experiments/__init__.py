@@ -9,11 +9,20 @@ Chapter: *Figure 2* (``book/figure-2.md``).
 
 from types import ModuleType
 
-from wpo_notes.experiments import figure2, figure4, figure5, figure6, less_data, self_scoring
+from wpo_notes.experiments import (
+    denoiser_memorises,
+    figure2,
+    figure4,
+    figure5,
+    figure6,
+    less_data,
+    self_scoring,
+)
 
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, ModuleType] = {
+    "denoiser_memorises": denoiser_memorises,
     "figure2": figure2,
     "figure4": figure4,
     "figure5": figure5,

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wpo_notes.datasets import Nearest, NoisyCurve
 from wpo_notes.experiments import figure2
 from wpo_notes.experiments.runs import Case
 from wpo_notes.mixture import GaussianMixture
 
-__all__ = ["Axes", "axes_along_curve", "cases"]
+__all__ = ["Axes", "axes_along_curve", "cases", "normal_offset"]
 
 
 class Axes(NamedTuple):
@@ -23,7 +24,7 @@ class Axes(NamedTuple):
     angle: Tensor  # between the long axis and the tangent, degrees
     along: Tensor  # standard deviation along the tangent
     across: Tensor  # standard deviation along the normal
-    offset: Tensor  # distance from the centre to the curve
+    offset: Tensor  # of the centre from the curve, along the normal, signed
 
 
 def cases(scale: str, *, seed: int = 0) -> list[Case]:
@@ -35,21 +36,34 @@ def cases(scale: str, *, seed: int = 0) -> list[Case]:
     ]
 
 
-def axes_along_curve(mixture: GaussianMixture, law) -> Axes:
+def axes_along_curve(mixture: GaussianMixture, law: NoisyCurve) -> Axes:
     """Compare each kernel with the tangent at the point of the law's curve that is nearest to it."""
     nearest = law.nearest(mixture.centers)
-    tangent = nearest.tangent
-    normal = torch.stack([-tangent[:, 1], tangent[:, 0]], -1)
-    covariance = torch.cholesky_inverse(mixture.precision_tril)
-    long_axis = torch.linalg.eigh(covariance).eigenvectors[:, :, 1]
-    cosine = (long_axis * tangent).sum(-1).abs().clamp(max=1)
+    tril = mixture.precision_tril
+    long_axis = torch.linalg.eigh(tril @ tril.mT).eigenvectors[:, :, 0]
+    cosine = (long_axis * nearest.tangent).sum(-1).abs().clamp(max=1)
 
     def deviation(direction: Tensor) -> Tensor:
-        return torch.einsum("ni,nij,nj->n", direction, covariance, direction).sqrt()
+        # |L^-1 v|, the root of v' (L L')^-1 v
+        root = torch.linalg.solve_triangular(tril, direction[..., None], upper=False)
+        return root[..., 0].norm(dim=-1)
 
     return Axes(
         torch.rad2deg(cosine.acos()),
-        deviation(tangent),
-        deviation(normal),
-        (mixture.centers - nearest.point).norm(dim=-1),
+        deviation(nearest.tangent),
+        deviation(_normal(nearest)),
+        normal_offset(mixture.centers, law),
     )
+
+
+def normal_offset(x: Tensor, law: NoisyCurve) -> Tensor:
+    """Signed distance of the points x from the law's curve along its normal, (n, 2) -> (n,).
+
+    For draws of the law it is about N(0, std²), up to the curvature of order std / radius.
+    """
+    nearest = law.nearest(x)
+    return ((x - nearest.point) * _normal(nearest)).sum(-1)
+
+
+def _normal(nearest: Nearest) -> Tensor:
+    return torch.stack([-nearest.tangent[..., 1], nearest.tangent[..., 0]], -1)

@@ -1,0 +1,40 @@
+"""Tables: every cell comes back from the HTML as it was given."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from wpo_notes.experiments.tables import table
+
+HEAD = ("law", "KL")
+ROWS = [("moons & <rings>", 0.25), ('a "quoted" name', None)]
+
+
+def test_html_has_every_cell_as_it_was_given():
+    # Parsed by the standard library: an unescaped < or & would not parse, or change the cells.
+    root = ElementTree.fromstring(table(HEAD, ROWS)._repr_html_())
+    cells = [[(cell.tag, cell.text or "") for cell in row] for row in root.iter("tr")]
+    assert cells == [
+        [("th", "law"), ("th", "KL")],
+        [("td", "moons & <rings>"), ("td", "0.25")],
+        [("td", 'a "quoted" name'), ("td", "")],
+    ]
+    assert root.tag == "table"
+
+
+def test_plain_text_is_aligned():
+    assert repr(table(HEAD, ROWS)) == (
+        'law              KL\nmoons & <rings>  0.25\na "quoted" name'
+    )
+
+
+def test_rows_may_come_from_a_generator_and_may_be_none():
+    assert table(HEAD, (row for row in ROWS)).rows == table(HEAD, ROWS).rows
+    assert repr(table(HEAD, [])) == "law  KL"
+
+
+def test_row_of_another_length_is_refused():
+    with pytest.raises(
+        ValueError, match=r"each row must have 2 cells.*row 1 has 3: \('1', '2', '3'\)"
+    ):
+        table(HEAD, [(1, 2), (1, 2, 3)])
