@@ -74,12 +74,14 @@ def test_claims_are_complete_and_unique() -> None:
 @pytest.mark.parametrize("page", names(NOTEBOOKS))
 def test_verdicts_are_on_known_claims(page: str) -> None:
     code = "\n".join(cell.source for cell in cells(page))
-    recorded = re.findall(r"ledger\.record\(\s*\"([^\"]+)\"\s*,\s*\"([^\"]+)\"", code)
+    recorded = re.findall(r"ledger\.record\(\s*\"([^\"]+)\"", code)
     assert len(recorded) == code.count("ledger.record(")
-    assert {claim for claim, _ in recorded} <= {claim["id"] for claim in CLAIMS}
-    assert {verdict for _, verdict in recorded} <= set(wpo_notes.ledger.VERDICTS)
+    assert set(recorded) <= {claim["id"] for claim in CLAIMS}
+    # A verdict that is computed is checked where it is recorded; one that is written out, here.
+    written = re.findall(r"ledger\.record\(\s*\"[^\"]+\"\s*,\s*\"([^\"]+)\"", code)
+    assert set(written) <= set(wpo_notes.ledger.VERDICTS)
     # A claim's box is a link target, so a page can hold it only once.
-    assert len({claim for claim, _ in recorded}) == len(recorded)
+    assert len(set(recorded)) == len(recorded)
 
 
 @pytest.mark.parametrize("page", names(NOTEBOOKS))
@@ -105,7 +107,7 @@ def test_chapters_have_question_module_and_exercises(page: str) -> None:
     assert "*Question" in opening
     modules = re.findall(r"\{py:mod\}`~?wpo_notes\.(\w+)`", opening)
     assert modules
-    assert set(modules) <= set(names(MODULES))
+    assert set(modules) <= {*names(MODULES), "experiments"}
     assert re.search(r"^## Exercises$", TEXT[page], re.M)
 
 
@@ -122,8 +124,8 @@ def test_modules_name_a_chapter_that_names_them(module: str) -> None:
 
 
 def test_every_module_is_in_the_reference() -> None:
-    documented = re.findall(r"automodule:: wpo_notes\.(\w+)", TEXT["api"])
-    assert sorted(documented) == names(MODULES)
+    documented = re.findall(r"automodule:: wpo_notes\.(\w+)$", TEXT["api"], re.M)
+    assert sorted(documented) == sorted([*names(MODULES), "experiments"])
 
 
 def test_no_notebook_with_outputs_is_tracked() -> None:
@@ -139,7 +141,7 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    quick = re.sub(r"centers=\d+, steps=\d+", "centers=20, steps=5", example)
+    quick = example.replace("fit_kernel_model(x)", "fit_kernel_model(x, centers=20, steps=5)")
     assert quick != example
     exec(compile(quick, "README.md", "exec"), scope)
     assert scope["score"].shape == scope["x"].shape
