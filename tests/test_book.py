@@ -105,7 +105,7 @@ def test_figures_have_a_caption_and_a_description(page: str) -> None:
 def test_chapters_have_question_module_and_exercises(page: str) -> None:
     opening = TEXT[page].split("\n## ")[0]
     assert "*Question" in opening
-    modules = re.findall(r"\{py:mod\}`~?wpo_notes\.(\w+)`", opening)
+    modules = re.findall(r"\{py:mod\}`~?wpo_notes\.(\w+)", opening)
     assert modules
     assert set(modules) <= {*names(MODULES), "experiments"}
     assert re.search(r"^## Exercises$", TEXT[page], re.M)

@@ -8,6 +8,7 @@ import torch
 from scipy.spatial import KDTree
 
 from wpo_notes import datasets
+from wpo_notes.denoiser import ScoreNetwork
 from wpo_notes.experiments import denoiser_memorises
 from wpo_notes.experiments.denoiser_memorises import DenoiserRun, law_score
 from wpo_notes.mixture import GaussianMixture
@@ -78,11 +79,11 @@ def test_distances_are_their_definitions(tiny, monkeypatch):
     x = torch.from_numpy(tiny.arrays["training"])
     watch = denoiser_memorises._Watch(TINY, law, x)
 
-    class Exact(torch.nn.Module):
+    class Exact(ScoreNetwork):
         def forward(self, y, std):
             return GaussianMixture.from_variance(x.double(), std**2).score(y.double())
 
-    class True_(torch.nn.Module):
+    class OfLaw(ScoreNetwork):
         def forward(self, y, std):
             return law_score(law, y.double(), std)
 
@@ -92,7 +93,7 @@ def test_distances_are_their_definitions(tiny, monkeypatch):
     monkeypatch.setattr(
         denoiser_memorises, "stiff_log_prob", lambda network, y, *_: law.log_prob(y) - 0.25
     )
-    exact, true = watch(Exact()), watch(True_())
+    exact, true = (watch(kind(2, data_std=1.0)) for kind in (Exact, OfLaw))
     scores = tiny.metrics["scores"]
     for where in ("training", "fresh"):
         assert exact[where]["to_empirical"] == pytest.approx([0, 0], abs=1e-12)
