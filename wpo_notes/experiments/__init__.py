@@ -10,6 +10,7 @@ Chapter: *Figure 2* (``book/figure-2.md``).
 from types import ModuleType
 
 from wpo_notes.experiments import (
+    ablation,
     denoiser_memorises,
     figure2,
     figure4,
@@ -22,6 +23,7 @@ from wpo_notes.experiments import (
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, ModuleType] = {
+    "ablation": ablation,
     "denoiser_memorises": denoiser_memorises,
     "figure2": figure2,
     "figure4": figure4,

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Normal
 
 from wpo_notes.denoiser import ScoreNetwork, denoising_loss
 from wpo_notes.experiments.denoising import variance_exploding
 from wpo_notes.experiments.figure6 import best_variance
-from wpo_notes.fit import fit, fit_kernel_model
+from wpo_notes.fit import fit, fit_algorithm_1, fit_kernel_model
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.sde import log_prob_probability_flow
 
@@ -32,10 +32,12 @@ __all__ = [
     "COMPONENTS",
     "DENOISING_STEPS",
     "ESTIMATORS",
+    "KERNEL_STEPS",
     "NOISE",
     "Estimator",
     "Fitted",
     "Stopwatch",
+    "algorithm_1",
     "bic_mixture",
     "denoiser",
     "kde",
@@ -44,7 +46,8 @@ __all__ = [
 ]
 
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-DENOISING_STEPS = (250, 500, 1000, 2000, 4000, 8000, 16_000)
+DENOISING_STEPS = (250, 500, 1000, 2000, 4000, 8000)
+KERNEL_STEPS = (0, 12, 25, 50, 100, 200)  # of which the last is the default
 NOISE = (0.005, 20.0)  # as in Figure 2
 
 LogProb = Callable[[Tensor], Tensor]
@@ -58,7 +61,7 @@ class Fitted(NamedTuple):
 
 
 class Stopwatch:
-    """Time that an estimate takes, and its divergence meanwhile, measured while the clock stands.
+    """Time that an estimate takes; and, while the clock stands, the divergences of others on the way to it.
 
     Time is the processor's, with one thread: that of a wall clock on a core of one's own, not lengthened by what
     else the machine does; `wall` keeps the other.
@@ -84,9 +87,15 @@ class Stopwatch:
 
     def note(self, log_prob: LogProb, seconds: float) -> None:
         """Note the divergence of an estimate that took these seconds."""
+        self.aside(lambda: log_prob, seconds)
+
+    def aside(self, estimate: Callable[[], LogProb], seconds: float | None = None) -> None:
+        """Make an estimate and note its divergence, with the seconds that it took if they are not given."""
         if self.divergence is None:
             return
         began, wall = self.seconds, self.wall
+        log_prob = estimate()
+        seconds = self.seconds - began if seconds is None else seconds
         self.history.append({"processor_seconds": seconds} | self.divergence(log_prob))
         self._started += self.seconds - began
         self._wall += self.wall - wall
@@ -102,23 +111,38 @@ def validation_split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kernel_model(x: Tensor, seed: int, watch: Stopwatch) -> Fitted:
-    """`fit_kernel_model` with its defaults; its divergence is noted each time that half as much time is added."""
-    due = 0.5
+    """`fit_kernel_model` with its defaults.
 
-    def measure(model: nn.Module) -> dict:
-        nonlocal due
-        if watch.seconds >= due:
-            watch.note(model().log_prob, watch.seconds)
-            due = 1.5 * watch.seconds
-        return {}
+    Noted are fits of as many kernels with fewer steps, without the choice of their number.
+    """
 
-    generator = torch.Generator(x.device).manual_seed(seed)
-    model = fit_kernel_model(
-        x, generator=generator, measure=measure, record_every=10, progress=False
+    def estimate(**options) -> GaussianMixture:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        model = fit_kernel_model(x, generator=generator, progress=False, **options)
+        with torch.no_grad():
+            return model()
+
+    mixture = estimate()
+    count = len(mixture.centers)
+    for steps in KERNEL_STEPS:
+        watch.aside(lambda steps=steps: estimate(centers=count, steps=steps).log_prob)
+    return Fitted(mixture.log_prob, count)
+
+
+def algorithm_1(x: Tensor, seed: int, watch: Stopwatch) -> Fitted:
+    """The paper's algorithm, with each centre left out at itself.
+
+    Its share of centres, a tenth of the points, but at most 1000 and at least 10.
+    """
+    model = fit_algorithm_1(
+        x,
+        centers=min(max(len(x) // 10, 10), 1000),
+        leave_one_out=True,
+        generator=torch.Generator(x.device).manual_seed(seed),
+        progress=False,
     )
     with torch.no_grad():
         mixture = model()
-    watch.note(mixture.log_prob, watch.seconds)
     return Fitted(mixture.log_prob, len(mixture.centers))
 
 
@@ -226,6 +250,7 @@ def stiff_log_prob(network: ScoreNetwork, x: Tensor, std_min: float, std_max: fl
 
 ESTIMATORS: dict[str, Estimator] = {
     "kernel model": kernel_model,
+    "algorithm 1": algorithm_1,
     "denoising": denoiser,
     "kde": kde,
     "mixture": bic_mixture,
