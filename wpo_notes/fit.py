@@ -314,6 +314,7 @@ def fit_kernel_model(
     steps: int = 200,
     batch_size: int = 512,
     lr: float = 1e-2,
+    loss: Loss | None = None,
     checkpoint: str | os.PathLike | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
@@ -338,6 +339,7 @@ def fit_kernel_model(
         batch_size: points a step.
         lr: learning rate at the start of the cosine schedule. A kernel's log-width changes by at most about
             lr times half the steps, which keeps every kernel from becoming a needle.
+        loss: as for `fit`, in standardised coordinates; implicit score matching (30) if None.
         checkpoint: folder of the members' checkpoints, from which a killed fit goes on.
         generator: source of folds, clusters and batches.
         progress: show a progress bar.
@@ -381,6 +383,7 @@ def fit_kernel_model(
                 steps=steps,
                 batch_size=batch_size,
                 lr=lr,
+                loss=loss,
                 checkpoint=path,
                 generator=generator,
                 progress=False,

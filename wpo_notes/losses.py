@@ -18,7 +18,12 @@ from torch import Tensor
 from wpo_notes._checks import checked_points, checked_positive, make_generator
 from wpo_notes.mixture import GaussianMixture
 
-__all__ = ["denoising_score_matching", "explicit_score_matching", "implicit_score_matching"]
+__all__ = [
+    "denoising_score_matching",
+    "explicit_score_matching",
+    "implicit_score_matching",
+    "negative_log_likelihood",
+]
 
 
 def implicit_score_matching(
@@ -87,3 +92,8 @@ def denoising_score_matching(
     )
     scaled = std[:, None]
     return (scaled * score(x + scaled * noise, std) + noise).square().sum(-1).mean()
+
+
+def negative_log_likelihood(mixture: GaussianMixture, x: Float[Tensor, "B d"]) -> Float[Tensor, ""]:
+    r"""Mean of :math:`-\log\hat\pi(x_b)`, in nats: score matching (4) over all times, not at the terminal one."""
+    return -mixture.log_prob(x).mean()

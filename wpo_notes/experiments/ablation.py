@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from wpo_notes import datasets
 from wpo_notes._clusters import clusters
+from wpo_notes.bespoke import WeightedKernelModel
 from wpo_notes.experiments.estimators import Stopwatch, bic_mixture
 from wpo_notes.experiments.figure6 import best_variance, leave_one_out_variance
 from wpo_notes.experiments.runs import Case, Result
 from wpo_notes.fit import Loss, TrainingStopped, constant, cosine, fit, fit_kernel_model
-from wpo_notes.losses import implicit_score_matching
+from wpo_notes.losses import implicit_score_matching, negative_log_likelihood
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.model import FreeKernelModel, KernelModel
 
@@ -36,7 +37,6 @@ __all__ = [
     "case",
     "cases",
     "narrow_widths",
-    "negative_log_likelihood",
     "pooled",
     "train",
 ]
@@ -47,11 +47,6 @@ SEEDS = (0, 1, 2)
 _POINTS = 30_000  # plus the seed: training points on which nothing was settled
 _FRESH = 40_000  # plus the seed: the points on which the divergence is measured
 _WEIGHT_STEPS = 20  # of expectation maximisation, for the weights alone
-
-
-def negative_log_likelihood(mixture: GaussianMixture, x: Float[Tensor, "B d"]) -> Float[Tensor, ""]:
-    r"""Mean of :math:`-\log\hat\pi(x_b)`, in nats: maximum likelihood as an objective."""
-    return -mixture.log_prob(x).mean()
 
 
 def narrow_widths(mixture: GaussianMixture) -> Float[Tensor, " N"]:
@@ -147,7 +142,24 @@ def train(
     Raises:
         TrainingStopped: the objective was not finite any more, as it happens where centres are scored.
     """
-    return _members(x, _folds(x, variant, generator), variant, generator)[0]
+    fold = torch.randperm(len(x), generator=generator, device=x.device) % variant.members
+    offset, scale = (
+        (x.mean(0), x.std(0))
+        if variant.standardised
+        else (torch.zeros_like(x[0]), torch.ones_like(x[0]))
+    )
+    points = (x - offset) / scale
+    members = []
+    for k in range(variant.members):
+        mixture = _member(points if variant.members == 1 else points[fold != k], variant, generator)
+        members.append(
+            GaussianMixture(
+                mixture.centers * scale + offset,
+                mixture.precision_tril / scale[:, None],
+                log_weights=mixture.log_weights,
+            )
+        )
+    return members
 
 
 def pooled(members: list[GaussianMixture]) -> GaussianMixture:
@@ -157,35 +169,6 @@ def pooled(members: list[GaussianMixture]) -> GaussianMixture:
         torch.cat([member.precision_tril for member in members]),
         log_weights=torch.cat([member.log_weights for member in members]),
     )
-
-
-def _folds(x: Tensor, variant: Variant, generator: torch.Generator) -> Tensor:
-    return torch.randperm(len(x), generator=generator, device=x.device) % variant.members
-
-
-def _members(
-    x: Tensor, fold: Tensor, variant: Variant, generator: torch.Generator
-) -> tuple[list[GaussianMixture], float]:
-    """The members, and the mean log-likelihood of each fold under its own, in standardised coordinates."""
-    offset, scale = (
-        (x.mean(0), x.std(0))
-        if variant.standardised
-        else (torch.zeros_like(x[0]), torch.ones_like(x[0]))
-    )
-    points = (x - offset) / scale
-    members, likelihood = [], 0.0
-    for k in range(variant.members):
-        seen = points if variant.members == 1 else points[fold != k]
-        mixture = _member(seen, variant, generator)
-        likelihood += float(mixture.log_prob(points[fold == k]).sum()) / len(x)
-        members.append(
-            GaussianMixture(
-                mixture.centers * scale + offset,
-                mixture.precision_tril / scale[:, None],
-                log_weights=mixture.log_weights,
-            )
-        )
-    return members, likelihood
 
 
 def _member(seen: Tensor, variant: Variant, generator: torch.Generator) -> GaussianMixture:
@@ -204,7 +187,9 @@ def _member(seen: Tensor, variant: Variant, generator: torch.Generator) -> Gauss
         elif variant.own == "disjoint":
             seen = seen[others]
     if variant.precisions == "network":
-        model: nn.Module = _Amortised(start, generator)
+        network = KernelModel(start.centers, generator=generator)
+        model: nn.Module = WeightedKernelModel(network, start.log_weights)
+        model.log_weights.requires_grad_(False)
     else:
         model = FreeKernelModel(start)
         model.shift.requires_grad_(variant.moving)
@@ -223,21 +208,6 @@ def _member(seen: Tensor, variant: Variant, generator: torch.Generator) -> Gauss
     with torch.no_grad():
         mixture = bounded(model())
         return _reweighed(mixture, seen) if variant.reweighed else mixture
-
-
-class _Amortised(nn.Module):
-    """The paper's network on the start's centres, with the start's weights."""
-
-    def __init__(self, start: GaussianMixture, generator: torch.Generator) -> None:
-        super().__init__()
-        self.kernels = KernelModel(start.centers, generator=generator)
-        self.register_buffer("log_weights", start.log_weights)
-
-    def forward(self) -> GaussianMixture:
-        mixture = self.kernels()
-        return GaussianMixture(
-            mixture.centers, mixture.precision_tril, log_weights=self.log_weights
-        )
 
 
 def _bounds(
@@ -374,8 +344,10 @@ class Comparison:
         return Result(metrics, [], {}, seconds)
 
 
-def _kernel_model(x: Tensor, fresh: Tensor, seed: int, generator: torch.Generator):
-    model = fit_kernel_model(x, generator=generator, progress=False)
+def _kernel_model(
+    x: Tensor, fresh: Tensor, seed: int, generator: torch.Generator, loss: Loss | None = None
+):
+    model = fit_kernel_model(x, loss=loss, generator=generator, progress=False)
     with torch.no_grad():
         mixture = model()
     return mixture.log_prob, len(mixture.centers)
@@ -383,29 +355,11 @@ def _kernel_model(x: Tensor, fresh: Tensor, seed: int, generator: torch.Generato
 
 def _likelihood(x: Tensor, fresh: Tensor, seed: int, generator: torch.Generator):
     """The default's procedure, its search for the number of centres too, with the other objective."""
-    fold = _folds(x, Variant(), generator)
-    most = (len(x) - len(x) // Variant().members) // (2 * (x.shape[1] + 1))
-    tried: dict[int, tuple[float, list[GaussianMixture]]] = {}
 
-    def evaluate(centers: int) -> None:
-        variant = Variant(centers=centers, objective="likelihood")
-        members, likelihood = _members(x, fold, variant, generator)
-        tried[centers] = likelihood, members
+    def loss(model: nn.Module, batch: Tensor, *_) -> Tensor:
+        return negative_log_likelihood(model(), batch)
 
-    def best() -> int:
-        return max(tried, key=lambda centers: tried[centers][0])
-
-    centers = 2
-    evaluate(centers)
-    while 2 * centers <= most and (centers <= 8 or best() == centers):
-        centers *= 2
-        evaluate(centers)
-    for between in (best() / 2**0.5, best() * 2**0.5):
-        centers = round(between)
-        if 2 < centers <= most and centers not in tried:
-            evaluate(centers)
-    mixture = pooled(tried[best()][1])
-    return mixture.log_prob, len(mixture.centers)
+    return _kernel_model(x, fresh, seed, generator, loss)
 
 
 def _kde(x: Tensor, variance: float):
