@@ -1,7 +1,8 @@
 """Sphinx extension: the ledger's tables from the verdicts that the executed chapters hold.
 
 It also makes every build strict (warnings are errors, and stay errors when the build is repeated), and
-keys the cache of executed chapters by the package's source, which Jupyter Book's own cache ignores.
+keys the cache of executed chapters by the package's source and the records, which Jupyter Book's own cache
+ignores.
 """
 
 from __future__ import annotations
@@ -160,6 +161,8 @@ def summary(env, kind: str) -> str:
 def package_key() -> str:
     digest = hashlib.sha256()
     for path in sorted((ROOT / "wpo_notes").rglob("*.py")):
+        digest.update(path.read_bytes())
+    for path in sorted((ROOT / "book" / "results").rglob("*.json")):
         digest.update(path.read_bytes())
     digest.update((ROOT / "requirements.txt").read_bytes())
     return digest.hexdigest()[:16]

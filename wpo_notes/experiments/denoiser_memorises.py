@@ -122,7 +122,9 @@ class DenoiserRun:
 class _Watch:
     """Measurements of a network while it trains, on points and noise that it never sees."""
 
-    def __init__(self, settings: DenoiserRun, law: datasets.NoisyCurve, x: Tensor) -> None:
+    def __init__(
+        self, settings: DenoiserRun, law: datasets.NoisyCurve | datasets.NoisyPoints, x: Tensor
+    ) -> None:
         self.settings, self.x, self.law, self.calls = settings, x, law, 0
         self.samples: dict[str, Tensor] = {}
         generator = self.generator()
@@ -227,7 +229,7 @@ class _Watch:
         return about
 
 
-def law_score(law: datasets.NoisyCurve, y: Tensor, std: float) -> Tensor:
+def law_score(law: datasets.NoisyCurve | datasets.NoisyPoints, y: Tensor, std: float) -> Tensor:
     r"""Score :math:`\nabla\log\eta_\sigma` of a law with noise of deviation `std` added, (n, d) -> (n, d)."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
