@@ -5,7 +5,7 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -384,7 +384,7 @@ def test_cases_have_names_and_settings_of_their_own(scale):
         found = {}
         for case in cases:
             assert found.setdefault(case.name, case) == case
-            json.dumps(case.settings.__dict__)
+            json.dumps(asdict(case.settings))
 
 
 def test_command_runs_a_case_and_prints_its_numbers(tmp_path, monkeypatch, capsys):
