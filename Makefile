@@ -11,6 +11,9 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # One thread a process: two processes share two cores, and spinning threads slow each other down.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
+# glibc would give the memory of each large tensor back to the system, and page it in again for the next.
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 .PHONY: help setup book check-site test lint unit chapters format lab figure paper bench clean
 .DEFAULT_GOAL := help
