@@ -15,11 +15,11 @@ from wpo_notes.experiments.ablation import (
     Ablation,
     Comparison,
     Variant,
-    narrow_widths,
     negative_log_likelihood,
     pooled,
     train,
 )
+from wpo_notes.experiments.kernel import widths
 from wpo_notes.fit import fit, fit_kernel_model
 from wpo_notes.losses import implicit_score_matching
 from wpo_notes.mixture import GaussianMixture
@@ -85,7 +85,7 @@ def test_likelihood_is_that_of_torch(mixture, x):
 
 def test_narrow_widths_are_the_covariances_least(mixture):
     least = torch.linalg.eigvalsh(torch.cholesky_inverse(mixture.precision_tril))[:, 0]
-    torch.testing.assert_close(narrow_widths(mixture).square(), least)
+    torch.testing.assert_close(widths(mixture)[1].square(), least)
 
 
 def test_pooled_density_is_the_mean(x):

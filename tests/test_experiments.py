@@ -404,6 +404,14 @@ def test_list_has_a_command_for_every_case(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "figure2 --scale paper --case moons-literal-seed0" in lines
     assert len(lines) == len(set(lines))
+    # Figures 3, 5 and 6 look into the runs of Figure 2, which two processes must not make at once.
+    names = {
+        case.name
+        for name in ("figure3", "figure5", "figure6")
+        for case in EXPERIMENTS[name].cases("paper")
+    }
+    assert len(names) == 16
+    assert sum(line.rpartition(" ")[2] in names for line in lines) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the records")
     options = parser.parse_args(arguments)
     if options.experiment == "list":
-        for name in EXPERIMENTS:
-            for case in EXPERIMENTS[name].cases(options.scale):
-                print(f"{name} --scale {options.scale} --case {case.name}")
+        cases = [case for module in EXPERIMENTS.values() for case in module.cases(options.scale)]
+        # Figures share runs, and two processes must not make the same one.
+        for experiment, name in dict.fromkeys((case.experiment, case.name) for case in cases):
+            print(f"{experiment} --scale {options.scale} --case {name}")
         return
     cases = _cases(parser, options)
     torch.set_num_threads(1)  # one process a core is faster than spinning threads

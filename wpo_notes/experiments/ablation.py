@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from wpo_notes import datasets
 from wpo_notes._clusters import clusters
 from wpo_notes.bespoke import WeightedKernelModel
+from wpo_notes.datasets import PLANAR
 from wpo_notes.experiments.estimators import Stopwatch, bic_mixture
 from wpo_notes.experiments.figure6 import best_variance, leave_one_out_variance
+from wpo_notes.experiments.kernel import widths
 from wpo_notes.experiments.runs import Case, Result
 from wpo_notes.fit import Loss, TrainingStopped, constant, cosine, fit, fit_kernel_model
 from wpo_notes.losses import implicit_score_matching, negative_log_likelihood
@@ -36,22 +38,15 @@ __all__ = [
     "Variant",
     "case",
     "cases",
-    "narrow_widths",
     "pooled",
     "train",
 ]
 
-PLANAR = tuple(name for name in datasets.NAMES if name != "swissroll6d")
 LAWS = ("moons", "swissroll", "pinwheel", "checkerboard")  # of the ablations
 SEEDS = (0, 1, 2)
 _POINTS = 30_000  # plus the seed: training points on which nothing was settled
 _FRESH = 40_000  # plus the seed: the points on which the divergence is measured
 _WEIGHT_STEPS = 20  # of expectation maximisation, for the weights alone
-
-
-def narrow_widths(mixture: GaussianMixture) -> Float[Tensor, " N"]:
-    """Least standard deviation of each kernel, over the directions, in the data's units."""
-    return 1 / torch.linalg.matrix_norm(mixture.precision_tril, 2)
 
 
 # ---- one thing changed at a time
@@ -214,7 +209,7 @@ def _bounds(
     start: GaussianMixture, variant: Variant
 ) -> Callable[[GaussianMixture], GaussianMixture]:
     """Bounds on the widths: the covariance plus floor^2 I, before that the precision plus I / ceiling^2."""
-    floor = variant.floor * float(narrow_widths(start).median())
+    floor = variant.floor * float(widths(start)[1].median())
 
     def bounded(mixture: GaussianMixture) -> GaussianMixture:
         if variant.ceiling is not None:
@@ -233,7 +228,7 @@ def _loss(
     bounded: Callable[[GaussianMixture], GaussianMixture],
     exclude: Tensor | None,
 ) -> Loss:
-    width = float(narrow_widths(start).median())
+    width = float(widths(start)[1].median())
     variances = [(factor * width) ** 2 for factor in variant.noise]
 
     def loss(
@@ -305,7 +300,7 @@ class Ablation:
         log_probs = [part.log_prob(fresh * factor) + jacobian for part in (mixture, *members)]
         metrics |= _divergence(log_law, log_probs[0])
         metrics["members_kl"] = [_divergence(log_law, value)["kl"] for value in log_probs[1:]]
-        metrics["median_narrow_width"] = float(narrow_widths(mixture).median())
+        metrics["median_narrow_width"] = float(widths(mixture)[1].median())
         return Result(metrics, [], {}, seconds)
 
 
