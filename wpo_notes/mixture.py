@@ -2,24 +2,14 @@ r"""Gaussian mixtures with local precision matrices: eqs. (25), (26), (29) and (
 
 Chapter: *The kernel model solves the HJB equation* (``book/kernel-model.md``).
 
-The exponent of a Gaussian is linear in the lifted point of eq. (32),
-
-.. math:: y_i(x) = A_i \cdot T(x) + b_i, \qquad T(x) = \bigl((x_k x_l)_{k \le l}, (x_k)_k\bigr),
-
-so log-density, score and Laplacian are matrix products (eq. (34)), and no tensor of shape
-(points, centres, d) exists. Multiplied out like this, the quadratic form cancels in floating point:
-its absolute error is about :math:`\varepsilon\, r^2\, \lambda_{\max}(\Gamma)` for points within r of
-the origin. The points are therefore grouped into cells, each lifted about an origin of its own, until
-that bound is small; kernels too narrow for that are evaluated by differences. What neither cures is
-:math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in float32, prefer float64 where
-the ratio of axes exceeds a few hundred.
+They are evaluated as softmax attention over lifted points (eq. (34)); ``wpo_notes._evaluation`` says how,
+and how exactly.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +21,6 @@ from torch.distributions import (
     MultivariateNormal,
     constraints,
 )
-from torch.utils.checkpoint import checkpoint
 
 from wpo_notes._checks import (
     checked_finite,
@@ -40,21 +29,9 @@ from wpo_notes._checks import (
     checked_positive,
     make_generator,
 )
+from wpo_notes._evaluation import Parameters, evaluate, exponents
 
 __all__ = ["GaussianMixture"]
-
-# A row's exponents are clamped this far below its maximum: exp of anything smaller comes near the
-# denormals, on which matrix products are ten times slower, and weighs nothing (1e-34 in float32).
-_EXPONENT_FLOOR = {
-    dtype: 0.9 * math.log(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)
-}
-# This many exponents (points times centres) are computed at a time: they should stay in cache.
-_BLOCK_ELEMENTS = 2**20
-# Autograd keeps the exponents of up to this many blocks and recomputes those of more.
-_KEPT_BLOCKS = 16
-# Bound on the rounding error of an exponent, in nats, that a cell may have.
-_ROUNDING = {torch.float32: 3e-4, torch.float64: 1e-10}
-_SMALLEST_CELL = 256
 
 
 class GaussianMixture(Distribution):
@@ -232,9 +209,7 @@ class GaussianMixture(Distribution):
 
     def responsibilities(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch N"]:
         """Posterior probability of each component at x, (..., d) -> (..., N): the softmax in (29)."""
-        x = self._checked(x)
-        (exponents,) = self._by_block(x, _exponents_block)
-        return torch.softmax(exponents, -1)
+        return torch.softmax(self._exponents(self._checked(x)), -1)
 
     # ---- the mixture as a law ---------------------------------------------------------------
 
@@ -313,7 +288,7 @@ class GaussianMixture(Distribution):
         tril = _lower_factor(free)
         offset = free @ (given.mT @ (values - self.centers[:, dims])[..., None])
         centers = self.centers[:, rest] - torch.cholesky_solve(offset, tril)[..., 0]
-        (log_weights,) = self.marginal(dims)._by_block(values, _exponents_block)
+        log_weights = self.marginal(dims)._exponents(values)
         return self._like(centers, tril, log_weights)
 
     @property
@@ -387,79 +362,23 @@ class GaussianMixture(Distribution):
         exclude: Tensor | None = None,
     ) -> list[Tensor]:
         """Log-density at x and, where asked for, score and Laplacian ratio, in that order."""
-        return self._by_block(x, _evaluate_block, score, laplacian, exclude=exclude)
-
-    def _by_block(
-        self, x: Tensor, function: Callable, *options: bool, exclude: Tensor | None = None
-    ) -> list[Tensor]:
-        """Apply a function to x, cell by cell and block by block; join its results."""
         x = self._checked(x)
-        points = x.reshape(-1, x.shape[-1])
         if exclude is not None:
             exclude = self._checked_exclude(exclude, x).reshape(-1)
-        precision = {}  # in each dtype that a cell needs
-        rows = max(1, _BLOCK_ELEMENTS // len(self.centers))
-        # Autograd would keep every block's exponents: recompute them when there are many.
-        recompute = torch.is_grad_enabled() and len(points) > _KEPT_BLOCKS * rows
-        cells = _cells(points, self.precision_tril)
-        blocks = []
-        for cell in cells:
-            if cell.dtype not in precision:
-                tril = self.precision_tril.to(cell.dtype)
-                precision[cell.dtype] = tril @ tril.mT
-            side = (self._lift if cell.lifted else self._differ)(
-                precision[cell.dtype], cell, *options
-            )
-            for index in cell.index.split(rows):
-                excluded = None if exclude is None else exclude[index]
-                arguments = (side, points[index].to(cell.dtype), excluded)
-                blocks.append(
-                    checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-                    if recompute
-                    else function(*arguments)
-                )
-        joined = [
-            (part[0] if len(part) == 1 else torch.cat(part)).to(x.dtype)
-            for part in zip(*blocks, strict=True)
-        ]
-        if len(cells) > 1:
-            order = torch.cat([cell.index for cell in cells]).argsort()
-            joined = [part[order] for part in joined]
-        return [part.reshape(x.shape[:-1] + part.shape[1:]) for part in joined]
+        points = x.reshape(-1, x.shape[-1])
+        results = evaluate(
+            self._parameters, points, score=score, laplacian=laplacian, exclude=exclude
+        )
+        return [part.reshape(x.shape[:-1] + part.shape[1:]) for part in results]
 
-    def _lift(
-        self, precision: Tensor, cell: _Cell, score: bool = False, laplacian: bool = False
-    ) -> _Lifted:
-        """Centres' side of the lifted form about the cell's origin, eq. (33)."""
-        centers = self.centers.to(cell.dtype) - cell.origin
-        pulled = (precision * centers[:, None]).sum(-1)  # Gamma_i Z_i
-        weight = torch.cat([-0.5 * _packed(precision), pulled], -1)
-        bias = self._log_scale(cell.dtype) - 0.5 * (pulled * centers).sum(-1)
-        values = []
-        if score:
-            values += [precision[:, *_packing(precision)], pulled]
-        if laplacian:
-            square = precision @ precision
-            trace = precision.diagonal(dim1=-2, dim2=-1).sum(-1)
-            values += [
-                _packed(square),
-                -2 * (precision * pulled[:, None]).sum(-1),
-                (pulled.square().sum(-1) - trace)[:, None],
-            ]
-        value = torch.cat(values, -1) if values else None
-        return _Lifted(cell.origin, weight, bias, value, score, laplacian)
+    def _exponents(self, x: Tensor) -> Tensor:
+        """Log of weight times Gaussian of each component at x, (..., d) -> (..., N), eq. (28)."""
+        found = exponents(self._parameters, x.reshape(-1, x.shape[-1]))
+        return found.reshape(*x.shape[:-1], len(self.centers))
 
-    def _differ(
-        self, precision: Tensor, cell: _Cell, score: bool = False, laplacian: bool = False
-    ) -> _Differences:
-        centers = self.centers.to(cell.dtype)
-        return _Differences(centers, precision, self._log_scale(cell.dtype), score, laplacian)
-
-    def _log_scale(self, dtype: torch.dtype) -> Tensor:
-        """Log of weight times normalisation of each component, (N,)."""
-        log_det = self.precision_tril.to(dtype).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = 0.5 * self.centers.shape[1] * math.log(2 * math.pi)
-        return self.log_weights.to(dtype) + log_det - constant
+    @property
+    def _parameters(self) -> Parameters:
+        return Parameters(self.centers, self.precision_tril, self.log_weights)
 
     def _checked_exclude(self, exclude: Tensor, x: Tensor) -> Tensor:
         count = self.centers.shape[0]
@@ -476,172 +395,6 @@ class GaussianMixture(Distribution):
         if count == 1 and exclude.numel() and int(exclude.max()) == 0:
             raise ValueError("exclude must leave a centre, but the mixture has only one")
         return exclude
-
-
-class _Cell(NamedTuple):
-    """Points that are lifted about the same origin."""
-
-    index: Tensor  # (m,)
-    origin: Tensor  # (d,)
-    dtype: torch.dtype  # float64 where float32 would lose too much
-    lifted: bool  # False where the lifted form would lose too much even in float64
-
-
-@torch.no_grad()
-def _cells(points: Tensor, tril: Tensor) -> list[_Cell]:
-    """Group points into cells small enough for the lifted form's rounding error.
-
-    Splitting stops paying where a cell has few points, since each lifts all centres anew: there
-    float32 goes over to float64, and where that is not enough, differences are taken instead.
-    """
-    everything = torch.arange(len(points), device=points.device)
-    points = points.detach()
-    if len(points) <= 1:
-        # The sum is the point itself, or zero if there is none (and it works inside vmap).
-        return [_Cell(everything, points.sum(0).double(), torch.float64, True)]
-    precision = tril.detach() @ tril.detach().mT
-    norm = float(precision.abs().sum(-1).max())
-    # largest radius of a cell in the points' dtype, and in float64 for float32's tolerance
-    radius, double_radius = (
-        math.sqrt(_ROUNDING[points.dtype] / torch.finfo(dtype).eps / norm)
-        for dtype in (points.dtype, torch.float64)
-    )
-    cells, waiting = [], [everything]
-    while waiting:
-        index = waiting.pop()
-        low, high = points[index].aminmax(dim=0)
-        extent = high - low
-        origin, reach = low + 0.5 * extent, 0.5 * float(extent.norm())
-        # "not greater", so that NaN, which no cell is small enough for, is not split
-        exact = not reach > radius
-        if exact or len(index) <= _SMALLEST_CELL:
-            dtype = points.dtype if exact and len(index) > 1 else torch.float64
-            cells.append(_Cell(index, origin, dtype, not reach > double_radius))
-            continue
-        order = points[index, int(extent.argmax())].argsort()
-        waiting += index[order].tensor_split(2)
-    return cells
-
-
-class _Lifted(NamedTuple):
-    """Centres' side of the lifted form: an attention layer's keys and values (Section 6.2)."""
-
-    origin: Tensor  # (d,)
-    weight: Tensor  # (N, d (d + 1) / 2 + d), A in the exponent A T(x) + b
-    bias: Tensor  # (N,), b
-    value: Tensor | None  # (N, v), what the softmax averages
-    score: bool  # whether the values hold Gamma and Gamma Z
-    laplacian: bool  # whether they hold the coefficients of |Gamma (x - Z)|^2 - Tr Gamma
-
-    def exponents(self, points: Tensor) -> Tensor:
-        """Log of weight times Gaussian for each point and centre, (M, N), eq. (28)."""
-        points = points - self.origin
-        return torch.addmm(self.bias, _lift_points(points), self.weight.mT)
-
-    def averages(self, points: Tensor, terms: Tensor, total: Tensor) -> list[Tensor]:
-        """Score and Laplacian ratio, where asked for; terms / total is the softmax, (M, N)."""
-        if self.value is None:
-            return []
-        points = points - self.origin
-        d = points.shape[1]
-        mean = terms @ self.value / total
-        results = []
-        if self.score:
-            # sum_i w_i Gamma_i (Z_i - x)
-            packed, pulled, mean = mean.tensor_split((d * (d + 1) // 2, d * (d + 3) // 2), 1)
-            results.append(pulled - (_unpacked(packed, d) * points[:, None]).sum(-1))
-        if self.laplacian:
-            # sum_i w_i (|Gamma_i (x - Z_i)|^2 - Tr Gamma_i), eq. (31), multiplied out in x
-            lifted = torch.cat([_lift_points(points), torch.ones_like(points[:, :1])], -1)
-            results.append((lifted * mean).sum(-1))
-        return results
-
-
-class _Differences(NamedTuple):
-    """The same by differences, coordinate by coordinate: slower, and exact for any width."""
-
-    centers: Tensor  # (N, d)
-    precision: Tensor  # (N, d, d)
-    log_scale: Tensor  # (N,)
-    score: bool
-    laplacian: bool
-
-    def _pulled(self, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Coordinates of x - Z_i and of Gamma_i (x - Z_i), each (M, N)."""
-        coordinates = range(points.shape[1])
-        offset = [points[:, k, None] - self.centers[:, k] for k in coordinates]
-        pulled = [
-            sum(self.precision[:, k, m] * offset[m] for m in coordinates) for k in coordinates
-        ]
-        return offset, pulled
-
-    def exponents(self, points: Tensor) -> Tensor:
-        pairs = zip(*self._pulled(points), strict=True)
-        return self.log_scale - 0.5 * sum(offset * pulled for offset, pulled in pairs)
-
-    def averages(self, points: Tensor, terms: Tensor, total: Tensor) -> list[Tensor]:
-        weights = terms / total
-        _, pulled = self._pulled(points)
-        results = []
-        if self.score:
-            results.append(-torch.stack([(weights * part).sum(1) for part in pulled], -1))
-        if self.laplacian:
-            trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
-            square = sum(part.square() for part in pulled)
-            results.append((weights * (square - trace)).sum(1))
-        return results
-
-
-def _exponents_block(
-    side: _Lifted | _Differences, points: Tensor, exclude: Tensor | None
-) -> tuple[Tensor]:
-    exponents = side.exponents(points)
-    if exclude is not None:
-        excluded = torch.zeros_like(exponents, dtype=torch.bool).scatter_(
-            1, exclude.clamp(min=0)[:, None], (exclude >= 0)[:, None]
-        )
-        exponents = exponents.masked_fill(excluded, -math.inf)
-    return (exponents,)
-
-
-def _evaluate_block(
-    side: _Lifted | _Differences, points: Tensor, exclude: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Log-density (without renormalising for `exclude`), score, Laplacian ratio."""
-    (exponents,) = _exponents_block(side, points, exclude)
-    top = exponents.detach().amax(1, keepdim=True)
-    left_out = exponents == -math.inf if exclude is not None else None
-    terms = (exponents - top).clamp(min=_EXPONENT_FLOOR[exponents.dtype]).exp()
-    if left_out is not None:
-        terms = terms.masked_fill(left_out, 0)  # the clamp had lifted them from zero
-    total = terms.sum(1, keepdim=True)
-    return (top + total.log())[:, 0], *side.averages(points, terms, total)
-
-
-def _packing(like: Tensor) -> Tensor:
-    """Row and column of each entry on or above the diagonal, (2, d (d + 1) / 2)."""
-    d = like.shape[-1]
-    return torch.triu_indices(d, d, device=like.device)
-
-
-def _lift_points(points: Tensor) -> Tensor:
-    """T(x) of eq. (32), each product x_k x_l once, k <= l: (M, d) -> (M, d (d + 1) / 2 + d)."""
-    row, column = _packing(points)
-    return torch.cat([points[:, row] * points[:, column], points], -1)
-
-
-def _packed(matrix: Tensor) -> Tensor:
-    """Coefficients of x' S x in the products of `_lift_points` for symmetric S: (N, d, d) -> (N, d (d + 1) / 2)."""
-    row, column = _packing(matrix)
-    return matrix[:, row, column] * (2 - (row == column).to(matrix.dtype))
-
-
-def _unpacked(packed: Tensor, d: int) -> Tensor:
-    """Symmetric matrices from their entries on or above the diagonal: (M, .) -> (M, d, d)."""
-    position = torch.zeros(d, d, dtype=torch.int64, device=packed.device)
-    row, column = torch.triu_indices(d, d, device=packed.device)
-    position[row, column] = position[column, row] = torch.arange(len(row), device=packed.device)
-    return packed[:, position]
 
 
 def _upper_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
