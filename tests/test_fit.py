@@ -1,11 +1,13 @@
 """The training loop: it learns, resumes bit for bit, and says what went wrong."""
 
 import math
+import time
 
 import pytest
 import torch
 
 from wpo_notes import datasets
+from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes.fit import cosine, fit, fit_algorithm_1, fit_kernel_model, kernel_loss
 from wpo_notes.losses import implicit_score_matching
 from wpo_notes.mixture import GaussianMixture
@@ -110,6 +112,20 @@ def test_a_finished_run_returns_its_result_again(tmp_path):
     again = run(small_model(x, seed=9), x, checkpoint=tmp_path / "run")
     assert again.history == first.history
     assert torch.equal(again.model.network[0].weight, first.model.network[0].weight)
+
+
+def test_processor_time_adds_up_and_older_checkpoints_go_on(tmp_path):
+    x = points()
+    before = time.process_time()
+    whole = run(small_model(x), x, checkpoint=tmp_path / "run")
+    assert 0 < whole.cpu_seconds < time.process_time() - before
+    tensors, about = load_tensors(tmp_path / "run", kind="checkpoint")
+    assert about["cpu_seconds"] == whole.cpu_seconds
+    del about["cpu_seconds"]  # as before it was recorded
+    save_tensors(tmp_path / "run", tensors, kind="checkpoint", **about)
+    again = run(small_model(x), x, checkpoint=tmp_path / "run")
+    assert again.history == whole.history
+    assert again.cpu_seconds < whole.cpu_seconds
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

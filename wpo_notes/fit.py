@@ -1,6 +1,7 @@
 r"""Training: one loop for all objectives, and Algorithm 1 on one's own samples.
 
-Chapter: *Algorithm 1* (``book/algorithm.md``).
+Chapters: *Algorithm 1* (``book/algorithm.md``) and, under ``torchrun``, *Many machines*
+(``book/many-machines.md``).
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm, trange
@@ -22,6 +24,7 @@ from tqdm import tqdm, trange
 from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
 from wpo_notes._clusters import clusters
 from wpo_notes._files import load_tensors, save_tensors
+from wpo_notes.distributed import average_gradients, check_same, own_generator, rank_and_size
 from wpo_notes.losses import implicit_score_matching
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.model import FreeKernelModel, KernelModel
@@ -61,6 +64,7 @@ class FitResult:
     model: nn.Module
     history: list[Record]
     seconds: float  # wall time of training, without measurements, over all resumed runs
+    cpu_seconds: float = 0.0  # processor time of the same, of this process alone
 
 
 class TrainingStopped(FloatingPointError):
@@ -120,6 +124,11 @@ def fit(
     A run with a checkpoint that is killed and called again with the same arguments goes on from
     there and ends with the same parameters, bit for bit, on the same machine.
 
+    In an initialised process group of ``torch.distributed`` all ranks call this with equal arguments, and
+    each evaluates its part of every batch. The result is that of one process up to rounding, on all ranks.
+    Rank 0 writes the checkpoint, all read it, and it goes on on any number of ranks. The loss has to be a mean
+    over its points. If it draws noise, each rank's part has noise of its own, so that the result is another draw.
+
     Args:
         model: any module; a `KernelModel` if `loss` is None.
         x: (n, d), training points on the model's device.
@@ -145,7 +154,9 @@ def fit(
         TrainingStopped: the objective or its gradient stopped being finite; says at which step
             and where, and leaves the model with its last finite parameters.
         ValueError: points that are not finite or not a matrix, settings out of range, or a
-            checkpoint that is damaged or belongs to another run.
+            checkpoint that is damaged or belongs to another run; with a process group, models,
+            points, settings or generators that are not the same on all ranks, or fewer points a
+            step than ranks.
     """
     x = checked_points("x", x)
     if x.ndim != 2 or len(x) == 0:
@@ -157,6 +168,12 @@ def fit(
     for name, value in (("record_every", record_every), ("checkpoint_every", checkpoint_every)):
         checked_positive(name, value)
     checked_positive("steps", steps, zero=True)
+    rank, ranks = rank_and_size()
+    if batch_size < ranks:
+        raise ValueError(
+            f"batch_size must be at least the number of ranks, got {batch_size} points a step for "
+            f"{ranks} ranks: start fewer ranks, or ask for larger batches"
+        )
     loss = kernel_loss() if loss is None else loss
     generator = make_generator(generator, x.device)
     run = _Run(model, torch.optim.Adam(model.parameters(), lr=lr, fused=True), generator)
@@ -166,36 +183,58 @@ def fit(
         "lr": lr,
         "clip": clip,
         "record_every": record_every,
-        "data": hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "data": _digest([x]),
     }
     if checkpoint is not None and Path(checkpoint).exists():
         run.resume(checkpoint, settings)
+    if ranks > 1:
+        states = {
+            "model": _digest(model.state_dict().values()),
+            "generator": _digest([generator.get_state()]),
+        }
+        check_same({"step of the checkpoint": run.step} | settings | states)
 
-    started = time.perf_counter()
-    bar = trange(steps, initial=run.step, disable=not progress, desc="fit", unit="step")
+    run.start_clock()
+    shown = progress and rank == 0
+    bar = trange(steps, initial=run.step, disable=not shown, desc="fit", unit="step")
     while run.step < steps:
         for group in run.optimizer.param_groups:
             group["lr"] = lr * schedule(run.step / steps)
         index = torch.randint(len(x), (batch_size,), generator=generator, device=x.device)
-        objective = loss(model, x[index], index, generator)
+        noise = generator
+        if ranks > 1:
+            index, noise = index[rank::ranks], own_generator(generator, rank)
+        objective = loss(model, x[index], index, noise)
         run.optimizer.zero_grad()
         objective.backward()
+        if ranks > 1:
+            objective = average_gradients(model, objective, len(index) / batch_size)
         run.clip_gradient(clip, objective)
         run.optimizer.step()
         run.step += 1
         run.unrecorded.append(float(objective.detach()))
         if run.step % record_every == 0 or run.step == steps:
-            run.seconds += time.perf_counter() - started
+            run.stop_clock()
             run.record(loss, held_out, measure)
-            started = time.perf_counter()
+            run.start_clock()
             bar.set_postfix(objective=f"{run.history[-1].objective:.4g}")
         if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == steps):
-            run.seconds += time.perf_counter() - started
-            run.save(checkpoint, settings)
-            started = time.perf_counter()
+            run.stop_clock()
+            if rank == 0:
+                run.save(checkpoint, settings)
+            if ranks > 1:
+                dist.barrier()
+            run.start_clock()
         bar.update()
     bar.close()
-    return FitResult(model, run.history, run.seconds)
+    return FitResult(model, run.history, run.seconds, run.cpu_seconds)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -207,9 +246,19 @@ class _Run:
     generator: torch.Generator
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    started: tuple[float, float] = (0.0, 0.0)  # wall and processor clock
     typical_norm: float | None = None
     unrecorded: list[float] = field(default_factory=list)
     history: list[Record] = field(default_factory=list)
+
+    def start_clock(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def stop_clock(self) -> None:
+        wall, cpu = self.started
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
 
     def clip_gradient(self, clip: float, objective: Tensor) -> None:
         largest = math.inf if self.typical_norm is None else clip * self.typical_norm
@@ -244,6 +293,7 @@ class _Run:
             settings=settings,
             step=self.step,
             seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
             typical_norm=self.typical_norm,
             unrecorded=self.unrecorded,
             history=self.history,
@@ -301,6 +351,7 @@ class _Run:
         self.generator.set_state(tensors["generator"])
         self.step = about["step"]
         self.seconds = about["seconds"]
+        self.cpu_seconds = about.get("cpu_seconds", 0.0)  # older files lack it
         self.typical_norm = about["typical_norm"]
         self.unrecorded = about["unrecorded"]
         self.history = [Record(*record) for record in about["history"]]
