@@ -1,1 +1,1 @@
-"""Times of `wpo_notes` beside other libraries: ``python -m benchmarks``."""
+"""Times of `wpo_notes` beside other ways to the same numbers: ``python -m benchmarks``."""

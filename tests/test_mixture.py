@@ -430,6 +430,32 @@ def test_recomputed_cells_agree(name, monkeypatch):
     assert not calls
 
 
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_shards_of_centres_agree(leave_out, monkeypatch):
+    x, *rest = differentiable(n=10, points=6)
+    exclude = torch.tensor([0, 3, -1, 4, 9, 7]) if leave_out else None
+
+    def evaluate(x, centers, tril, log_weights):
+        mixture = GaussianMixture(centers, tril.tril(), log_weights=log_weights)
+        return mixture._evaluate(x, score=True, laplacian=True, exclude=exclude)
+
+    def gradients(values):
+        return torch.autograd.grad(sum(value.sin().sum() for value in values), (x, *rest))
+
+    whole = evaluate(x, *rest)
+    expected = gradients(whole)
+    monkeypatch.setattr(_evaluation, "_SIDE_ELEMENTS", 400)  # three or four centres a shard
+    calls = []
+    original = _evaluation._evaluate_shard
+    monkeypatch.setattr(
+        _evaluation, "_evaluate_shard", lambda *a: calls.append(len(a[0].centers)) or original(*a)
+    )
+    shards = evaluate(x, *rest)
+    assert calls == [3, 3, 2, 2]
+    torch.testing.assert_close(shards, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(shards), expected, rtol=1e-11, atol=1e-11)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that an operation returns."""
 

@@ -32,6 +32,8 @@ _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-9}
 _SMALLEST_CELL = 128
 # This many numbers of the centres' side, keys and values, are made at a time if there are many cells.
 _KEY_ELEMENTS = 2**21
+# Centres are taken in shards whose sides have about this many numbers, so that memory does not grow with them.
+_SIDE_ELEMENTS = 2**24
 # This many differences (points times centres) are computed at a time.
 _BLOCK_ELEMENTS = 2**20
 
@@ -70,6 +72,35 @@ def evaluate(
     `exclude` (M,) leaves a centre out of the sum at each point, or none where it is -1; the log-density
     is then not renormalised.
     """
+    count, d = parameters.centers.shape
+    shards = -(-count * (d * d + 124) // _SIDE_ELEMENTS)
+    if shards == 1:
+        return _evaluate_shard(parameters, points, score, laplacian, exclude)
+    results, start = [], 0
+    for shard in zip(*(part.tensor_split(shards) for part in parameters), strict=True):
+        own, end = None, start + len(shard[0])
+        if exclude is not None:
+            own = (exclude - start).where((start <= exclude) & (exclude < end), -1)
+        results.append(_evaluate_shard(Parameters(*shard), points, score, laplacian, own))
+        start = end
+    return _merged(results)
+
+
+def _merged(results: list[list[Tensor]]) -> list[Tensor]:
+    """Log-density of the sum of mixtures, and means of their scores and Laplacian ratios by its posterior."""
+    log_probs, *averages = (torch.stack(part) for part in zip(*results, strict=True))
+    weights = log_probs.softmax(0)
+    means = [torch.einsum("sm,sm...->m...", weights, average) for average in averages]
+    return [log_probs.logsumexp(0), *means]
+
+
+def _evaluate_shard(
+    parameters: Parameters,
+    points: Tensor,
+    score: bool,
+    laplacian: bool,
+    exclude: Tensor | None,
+) -> list[Tensor]:
     sides = _Sides(parameters, score, laplacian)
     indices, results = [], []
     for cells in _cells(points, sides):

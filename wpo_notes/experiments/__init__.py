@@ -12,6 +12,7 @@ from types import ModuleType
 from wpo_notes.experiments import (
     ablation,
     denoiser_memorises,
+    digits,
     figure2,
     figure3,
     figure4,
@@ -26,6 +27,7 @@ __all__ = ["EXPERIMENTS"]
 EXPERIMENTS: dict[str, ModuleType] = {
     "ablation": ablation,
     "denoiser_memorises": denoiser_memorises,
+    "digits": digits,
     "figure2": figure2,
     "figure3": figure3,
     "figure4": figure4,
