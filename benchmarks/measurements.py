@@ -1,0 +1,127 @@
+"""What is measured: each function makes one row of a table."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+from benchmarks.ways import exact, problem, training_step, ways
+
+__all__ = ["accuracy", "evaluation", "floor", "growth", "training"]
+
+_CHECKED = 500  # points at which the errors are measured
+
+
+def milliseconds(run: Callable[[], object], seconds: float = 1.0) -> float:
+    """Median time of run() on one thread, over at least so many seconds and three calls."""
+    run()
+    timer = Timer("run()", globals={"run": run}, num_threads=1)
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def peak_megabytes(run: Callable[[], object]) -> float | None:
+    """Memory that run() takes beyond what the process holds, by its largest resident set; Linux alone tells."""
+    if sys.platform != "linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there for use
+    Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """A field of the process's status, in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def evaluation(n: int, m: int, d: int, name: str) -> dict:
+    """Time, memory and errors of one way to log-density and score."""
+    torch.set_num_threads(1)
+    mixture, x = problem(n, m, d)
+    way, fewer = ways(mixture)[name]
+    points = x[: max(_CHECKED // 4, m // fewer)]
+    # Imports and the libraries' own buffers are not the evaluation's: a first call on few points.
+    way(points[:2])
+    memory = peak_megabytes(lambda: way(points))
+    time_ = milliseconds(lambda: way(points), 3.0) * m / len(points)
+    checked = points[:_CHECKED]
+    truth, (log_prob, score) = exact(mixture, checked), way(checked)
+    result = {
+        "way": name,
+        "d": d,
+        "points": len(points),
+        "milliseconds": time_,
+        "megabytes": memory,
+        "log-density": float((log_prob - truth.log_prob).abs().max()),
+    }
+    if score is not None:
+        result["score"] = float((score - truth.score).norm() / truth.score.norm())
+    return result
+
+
+def accuracy(n: int, d: int, offset: float) -> dict:
+    """Errors of float32 against exact differences in float64, the Laplacian ratio's included."""
+    torch.set_num_threads(1)
+    mixture, x = problem(n, 10_000, d, offset=offset)
+    log_prob, score, ratio = (
+        part[:_CHECKED] for part in mixture._evaluate(x, score=True, laplacian=True)
+    )
+    truth = exact(mixture, x[:_CHECKED])
+    return {
+        "d": d,
+        "offset": offset,
+        "log-density": float((log_prob - truth.log_prob).abs().max()),
+        "score": float((score - truth.score).norm() / truth.score.norm()),
+        "Laplacian ratio": float(
+            (ratio - truth.laplacian_ratio).norm() / truth.laplacian_ratio.norm()
+        ),
+    }
+
+
+def floor(n: int, m: int, d: int) -> dict:
+    """Time of the two matrix products and the exponentials that no way can do without, by blocks in cache."""
+    torch.set_num_threads(1)
+    rows, length = 256, d * (d + 1) // 2 + d
+    lifted, keys = torch.randn(rows, length), torch.randn(length, n)
+    scores, values = torch.empty(rows, n), torch.randn(n, length)
+    averages = torch.empty(rows, length)
+    exponents = -torch.rand(rows, n)
+    first = milliseconds(lambda: torch.mm(lifted, keys, out=scores))
+    weights = torch.rand(rows, n)
+    second = milliseconds(lambda: torch.mm(weights, values, out=averages))
+    exp = milliseconds(lambda: torch.exp(exponents, out=scores))
+    operations = 2 * rows * n * length
+    return {
+        "d": d,
+        "milliseconds": (first + second + exp) * m / rows,
+        "GFLOP/s, keys": operations / first / 1e6,
+        "GFLOP/s, values": operations / second / 1e6,
+        "exp, 1e9/s": rows * n / exp / 1e6,
+    }
+
+
+def growth(n: int, m: int) -> dict:
+    """Time and memory at N centres and M points in the plane."""
+    torch.set_num_threads(1)
+    mixture, x = problem(n, m, 2)
+    mixture.log_prob_and_score(x[:2])
+    started = time.perf_counter()
+    memory = peak_megabytes(lambda: mixture.log_prob_and_score(x))
+    seconds = time.perf_counter() - started
+    return {"n": n, "m": m, "milliseconds": 1e3 * seconds, "megabytes": memory}
+
+
+def training(n: int, d: int, batch: int) -> dict:
+    """Time of a training step: ours, by einsum, and its network alone."""
+    torch.set_num_threads(1)
+    names = ("wpo_notes", "einsum over differences", "network alone")
+    steps = {name: training_step(n, d, batch, closed_form=name) for name in names}
+    return {"d": d, "batch": batch} | {name: milliseconds(run, 4.0) for name, run in steps.items()}
