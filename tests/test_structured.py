@@ -547,3 +547,15 @@ def test_no_matrix_a_centre_and_bounded_blocks(monkeypatch):
         mixture.conditional([0], x[0, :1]).sample((5,))
     # the largest are the parameters and their gradients
     assert largest.elements <= n * d * r < m * n < n * d * d
+
+
+def test_divergence_is_reported_with_the_narrowest_kernel():
+    x = torch.randn(40, 3, generator=seeded(), dtype=F64)
+    model = KernelModel(x[:10], hidden=(4,), precision="lowrank", rank=1, generator=seeded())
+
+    def loss(model, batch, index, generator):
+        return kernel_loss()(model, batch, index, generator) * math.inf
+
+    narrowest = f"{float(model().diagonal.min()) ** 0.5:.2g}"
+    with pytest.raises(FloatingPointError, match=f"standard deviation about {narrowest}:"):
+        fit(model, x, steps=2, loss=loss, progress=False)

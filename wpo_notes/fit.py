@@ -315,10 +315,9 @@ class _Run:
                 )
         if isinstance(self.model, KernelModel):
             with torch.no_grad():
-                tril = self.model().precision_tril
-            largest = float(tril.diagonal(dim1=-2, dim2=-1).max())
+                narrowest = self.model()._narrowest_std()
             cause += (
-                f"; the narrowest kernel has standard deviation about {1 / largest:.2g}: "
+                f"; the narrowest kernel has standard deviation about {narrowest:.2g}: "
                 "if training points are centres, exclude each at itself, otherwise lower lr"
             )
         return f"training stopped at step {self.step}: {cause}"

@@ -335,6 +335,10 @@ class GaussianMixture(Distribution):
         mixture._validate_args = self._validate_args
         return mixture
 
+    def _narrowest_std(self) -> float:
+        """About the least standard deviation of a component along an axis of coordinates, given the later ones."""
+        return 1 / float(self.precision_tril.diagonal(dim1=-2, dim2=-1).max())
+
     def _covariances(self) -> Tensor:
         return torch.cholesky_inverse(self.precision_tril)
 

@@ -254,6 +254,10 @@ class LowRankGaussianMixture(GaussianMixture):
 
     # ---- evaluation ---------------------------------------------------------------------------
 
+    def _narrowest_std(self) -> float:
+        """Least standard deviation of the diagonal parts."""
+        return float(self.diagonal.min()) ** 0.5
+
     def _like(
         self, centers: Tensor, variance: Tensor, factor: Tensor, log_weights: Tensor
     ) -> LowRankGaussianMixture:
