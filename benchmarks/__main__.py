@@ -1,6 +1,6 @@
 """Measure and keep the tables of the chapter on performance: ``python -m benchmarks``.
 
-Everything runs on one thread, each row in a process of its own. Ways that are slow get fewer points and their
+Each row is measured in a process of its own, on one thread; evaluations also on all cores. Ways that are slow get fewer points and their
 time is scaled: all are linear in the points, as the table of growth shows. The result is a record like those of
 the experiments.
 """
@@ -8,6 +8,7 @@ the experiments.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -31,9 +32,11 @@ def measure(n: int, m: int) -> dict[str, list[dict]]:
     """All tables, each row in a process of its own."""
     dims = (2, 6, 16, 64)
     names = list(ways(problem(10, 10, 2)[0]))
-    jobs = [("evaluation", evaluation, (n, m, d, name)) for d in dims for name in names]
-    # right after the evaluations, so that both see the same machine
-    jobs += [("floor", floor, (n, m, d)) for d in dims]
+    jobs: list[tuple] = []
+    for threads in sorted({1, os.cpu_count() or 1}):
+        for d in dims:
+            jobs += [("evaluation", evaluation, (n, m, d, name, threads)) for name in names]
+            jobs.append(("floor", floor, (n, m, d, threads)))
     jobs += [("accuracy", accuracy, (n, d, offset)) for d in dims for offset in (0.0, 100.0)]
     jobs += [("training", training, (n, d, batch)) for d in (2, 6) for batch in (64, 512)]
     jobs += [("growth", growth, (10**k, 10_000)) for k in (2, 3, 4, 5, 6)]
@@ -63,7 +66,7 @@ def main() -> None:
             print("  ".join(f"{key} {_short(value)}" for key, value in row.items()))
     settings = {"centers": options.centers, "points": options.points}
     seconds = time.perf_counter() - started
-    about = environment(torch.device("cpu")) | {"threads": 1}
+    about = environment(torch.device("cpu"))
     Record("benchmarks", "cpu", settings, tables, [], {}, seconds, about).save(options.out)
 
 

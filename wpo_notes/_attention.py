@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Keys", "Queries", "Values", "attend", "mask"]
+__all__ = ["Keys", "Queries", "Values", "attend", "fits_fused", "mask"]
 
 # A row's scores are clamped this far below its maximum: exp of anything smaller comes near the
 # denormals, on which matrix products are ten times slower, and weighs nothing (1e-34 in float32).
@@ -58,6 +58,11 @@ def attend(
     and reverse mode, in all but `exclude`.
     """
     return _Attention.apply(*queries, *keys, *values, exclude)
+
+
+def fits_fused(length: int) -> bool:
+    """Whether fused attention is the faster for lifted points of this length; it copies the keys for each cell."""
+    return length < _LONGEST_FUSED
 
 
 class _Attention(torch.autograd.Function):
@@ -105,7 +110,7 @@ class _Problem(NamedTuple):
         # A single point is what vmap sees, for which the fused operation has no rule.
         return (
             self.quadratic.device.type == "cpu"
-            and length + self.linear.shape[2] < _LONGEST_FUSED
+            and fits_fused(length + self.linear.shape[2])
             and cells * points > 1
         )
 

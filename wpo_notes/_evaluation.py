@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from wpo_notes._attention import Keys, Queries, Values, attend, mask
+from wpo_notes._attention import Keys, Queries, Values, attend, fits_fused, mask
 
 __all__ = ["Parameters", "evaluate", "exponents"]
 
@@ -176,16 +176,32 @@ def _cells(points: Tensor, sides: _Sides) -> list[_Cells]:
     if len(points) <= 1:
         # The sum is the point itself, or zero if there is none (and it works inside vmap).
         return [_Cells(rest[None], points.sum(0, keepdim=True).double(), torch.float64, True)]
-    found, dtypes = [], _products(points.dtype)
-    norm = sides[dtypes[0], True].norm()
-    for dtype in dtypes:
-        rounding = torch.finfo(dtype).eps * norm / math.sqrt(points.shape[1])
-        radius = math.sqrt(_ROUNDING[points.dtype] / rounding)
-        groups, rest = _small_cells(points, rest, radius)
+    found, norm = [], None
+    for dtype in _products(points.dtype):
+        if _too_coarse(points, dtype, sides):
+            continue
+        if norm is None:
+            norm = sides[dtype, True].norm()
+        groups, rest = _small_cells(points, rest, _radius(points, dtype, norm))
         found += [_Cells(index, origin, dtype, True) for index, origin in groups]
         if not len(rest):
             return found
     return [*found, _Cells(rest[None], points[rest[:1]], torch.float64, False)]
+
+
+def _too_coarse(points: Tensor, dtype: torch.dtype, sides: _Sides) -> bool:
+    """Whether float32 is surely not enough for points that make only one cell, told without a matrix product."""
+    if dtype == torch.float64 or len(points) > _SMALLEST_CELL:
+        return False
+    radius = _radius(points, dtype, sides.mean_eigenvalue())
+    found, _ = _small_cells(points, torch.arange(len(points), device=points.device), radius)
+    return not found
+
+
+def _radius(points: Tensor, dtype: torch.dtype, eigenvalue: float) -> float:
+    """Reach of a cell in which products in this dtype round exponents by as much as is allowed."""
+    rounding = torch.finfo(dtype).eps * eigenvalue / math.sqrt(points.shape[1])
+    return math.sqrt(_ROUNDING[points.dtype] / rounding)
 
 
 def _products(dtype: torch.dtype) -> list[torch.dtype]:
@@ -236,6 +252,12 @@ class _Sides(dict):
         super().__init__()
         self.parameters, self.score, self.laplacian = parameters, score, laplacian
 
+    @torch.no_grad()
+    def mean_eigenvalue(self) -> float:
+        """Largest mean eigenvalue of a precision, which is at most the largest eigenvalue."""
+        trace = self.parameters.precision_tril.square().sum((1, 2)).max()
+        return float(trace) / self.parameters.centers.shape[1]
+
     def __missing__(self, kind: tuple[torch.dtype, bool]) -> _Lifted | _Differences:
         dtype, lifted = kind
         form = _Lifted if lifted else _Differences
@@ -257,8 +279,9 @@ class _Lifted:
             self.square = self.precision @ self.precision
             self.trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
             self.value = torch.cat([self.value, _packed(self.square)], 1)
-        length = sum(self.key.shape) - len(self.key) + self.value.shape[1]
-        self.chunk = max(1, _KEY_ELEMENTS // (len(self.key) * length))
+        (n, d), pairs = self.centers.shape, self.key.shape[1]
+        shared = pairs + self.value.shape[1] if fits_fused(pairs + d) else 0  # copied for each cell
+        self.chunk = max(1, _KEY_ELEMENTS // (n * (4 * d + shared)))
 
     @torch.no_grad()
     def norm(self) -> float:
