@@ -274,15 +274,7 @@ class GaussianMixture(Distribution):
 
     def conditional(self, dims: Sequence[int], values: Float[Tensor, " k"]) -> GaussianMixture:
         """Exact law of the other coordinates, in their order, given that x[dims] = values."""
-        dims = self._checked_dims(dims)
-        values = self._checked(values, "values", len(dims))
-        if values.ndim != 1:
-            raise ValueError(
-                f"values must be one point of shape ({len(dims)},), got shape {tuple(values.shape)}"
-            )
-        rest = [k for k in range(self.centers.shape[-1]) if k not in dims]
-        if not rest:
-            raise ValueError("dims must leave at least one coordinate free")
+        dims, rest, values = self._checked_condition(dims, values)
         # Precision = L L', so its blocks are products of rows of L.
         free, given = self.precision_tril[:, rest], self.precision_tril[:, dims]
         tril = _lower_factor(free)
@@ -383,6 +375,21 @@ class GaussianMixture(Distribution):
     @property
     def _parameters(self) -> Parameters:
         return Parameters(self.centers, self.precision_tril, self.log_weights)
+
+    def _checked_condition(
+        self, dims: Sequence[int], values: Tensor
+    ) -> tuple[list[int], list[int], Tensor]:
+        """Coordinates that are given, those that are free, and the given values."""
+        dims = self._checked_dims(dims)
+        values = self._checked(values, "values", len(dims))
+        if values.ndim != 1:
+            raise ValueError(
+                f"values must be one point of shape ({len(dims)},), got shape {tuple(values.shape)}"
+            )
+        rest = [k for k in range(self.centers.shape[-1]) if k not in dims]
+        if not rest:
+            raise ValueError("dims must leave at least one coordinate free")
+        return dims, rest, values
 
     def _checked_exclude(self, exclude: Tensor, x: Tensor) -> Tensor:
         count = self.centers.shape[0]

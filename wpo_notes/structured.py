@@ -196,15 +196,7 @@ class LowRankGaussianMixture(GaussianMixture):
         .. math:: Z_{a \mid b} = Z_a + W_a (R R^\top)^{-1} W_b^\top D_b^{-1} (x_b - Z_b), \qquad
                   C_{a \mid b} = D_a + W_a (R R^\top)^{-1} W_a^\top .
         """
-        dims = self._checked_dims(dims)
-        values = self._checked(values, "values", len(dims))
-        if values.ndim != 1:
-            raise ValueError(
-                f"values must be one point of shape ({len(dims)},), got shape {tuple(values.shape)}"
-            )
-        rest = [k for k in range(self.centers.shape[-1]) if k not in dims]
-        if not rest:
-            raise ValueError("dims must leave at least one coordinate free")
+        dims, rest, values = self._checked_condition(dims, values)
         free, given = self.factor[:, rest].double(), self.factor[:, dims].double()
         scaled = given.mT / self.diagonal[:, None, dims].double()  # W_b' D_b^-1, (N, r, k)
         inner = _cholesky_plus_identity(scaled @ given)
