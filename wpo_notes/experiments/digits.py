@@ -286,12 +286,15 @@ def full(train: Tensor, validation: Tensor, generator: torch.Generator) -> Fitte
         if count * (dim + 1) > len(x):
             break
         start = clusters(x, count, generator=generator)
-        if len(start.centers) < 2:
+        about = {"rank": dim, "kernels": len(start.centers)}
+        if len(start.centers) < 2:  # all other clusters were too small
+            best.about = about
+            best.offer(start)
             continue
         best.train(
             FreeKernelModel(start),
             x,
-            about={"rank": dim, "kernels": len(start.centers)},
+            about=about,
             loss=kernel_loss(),
             generator=generator,
             **_TRAINING,
