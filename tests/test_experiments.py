@@ -155,6 +155,7 @@ def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path):
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 0 < whole.processor_seconds < 60
     (left,) = (tmp_path / "figure2").iterdir()
     assert left.suffix == ".checkpoint"
     resumed = runs.run(Case("figure2", "tiny", TINY), tmp_path, progress=False)

@@ -70,9 +70,11 @@ class FitResult:
 class TrainingStopped(FloatingPointError):
     """The objective or its gradient stopped being finite; holds the records until then."""
 
-    def __init__(self, message: str, history: list[Record], seconds: float) -> None:
+    def __init__(
+        self, message: str, history: list[Record], seconds: float, cpu_seconds: float
+    ) -> None:
         super().__init__(message)
-        self.history, self.seconds = history, seconds
+        self.history, self.seconds, self.cpu_seconds = history, seconds, cpu_seconds
 
 
 def cosine(fraction: float) -> float:
@@ -264,7 +266,8 @@ class _Run:
         largest = math.inf if self.typical_norm is None else clip * self.typical_norm
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
         if not math.isfinite(norm) or not math.isfinite(float(objective.detach())):
-            raise TrainingStopped(self._diagnosis(objective), self.history, self.seconds)
+            times = self.seconds, self.cpu_seconds
+            raise TrainingStopped(self._diagnosis(objective), self.history, *times)
         clipped = min(norm, largest)
         if self.typical_norm is None:
             self.typical_norm = clipped

@@ -95,7 +95,7 @@ class DenoisingRun:
         for law, points, network in zip(laws, x, model.networks(), strict=True):
             measured[law.name], arrays[f"samples.{law.name}"] = self._measure(law, points, network)
         history = [record._asdict() for record in result.history]
-        return Result(measured, history, arrays, result.seconds)
+        return Result(measured, history, arrays, result.seconds, result.cpu_seconds)
 
     def _measure(
         self, law: metrics.Law, x: Tensor, network: ScoreNetwork

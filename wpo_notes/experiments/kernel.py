@@ -98,14 +98,15 @@ class KernelRun:
                 generator=generator,
                 progress=progress,
             )
-            history, seconds = result.history, result.seconds
+            history, times = result.history, (result.seconds, result.cpu_seconds)
         except TrainingStopped as error:
-            history, seconds, stopped = error.history, error.seconds, str(error)
+            history, times = error.history, (error.seconds, error.cpu_seconds)
+            stopped = str(error)
         final = watch(model) | {"stopped": stopped}
         samples = model().sample((self.samples,), generator=watch.generator())
         arrays = {"samples": _array(samples.float())}
         arrays |= {f"model.{name}": _array(value) for name, value in model.state_dict().items()}
-        return Result(final, [flat(record) for record in history], arrays, seconds)
+        return Result(final, [flat(record) for record in history], arrays, *times)
 
 
 def flat(record) -> dict:

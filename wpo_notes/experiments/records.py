@@ -40,6 +40,8 @@ class Record:
         arrays: what the figure needs: samples, a model's parameters.
         seconds: wall time of training.
         environment: versions, machine, commit and date.
+        processor_seconds: processor time of the same; None where it is among the metrics or, in older
+            records, was not measured.
     """
 
     experiment: str
@@ -50,6 +52,7 @@ class Record:
     arrays: dict[str, np.ndarray]
     seconds: float
     environment: dict
+    processor_seconds: float | None = None
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the record below `folder`; an earlier one stays whole until this one is."""

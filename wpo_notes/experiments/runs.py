@@ -28,6 +28,7 @@ class Result(NamedTuple):
     history: list[dict]
     arrays: dict[str, np.ndarray]
     seconds: float
+    processor_seconds: float | None = None
 
 
 @runtime_checkable
@@ -63,8 +64,12 @@ class Case:
             self.experiment,
             self.name,
             json.loads(json.dumps(asdict(self.settings))),  # as they are read back
-            *result,
+            result.metrics,
+            result.history,
+            result.arrays,
+            result.seconds,
             environment=about,
+            processor_seconds=result.processor_seconds,
         )
 
     def load(self, folder: str | os.PathLike) -> Record:
