@@ -14,6 +14,7 @@ import torch
 
 from wpo_notes import __main__ as cli
 from wpo_notes import datasets
+from wpo_notes import fit as fit_module
 from wpo_notes.denoiser import ScoreNetwork
 from wpo_notes.experiments import EXPERIMENTS, denoising, figure5, figure6, kernel, runs
 from wpo_notes.experiments.denoising import DenoisingRun, SideBySide
@@ -142,7 +143,19 @@ runs.run(runs.Case("figure2", "tiny", TINY), sys.argv[1], progress=False)
 """
 
 
-def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path):
+def resumptions(monkeypatch) -> list[Path]:
+    """Checkpoints that `fit` goes on from, from now on."""
+    taken, original = [], fit_module._Run.resume
+
+    def resume(self, path, settings):
+        taken.append(Path(path))
+        original(self, path, settings)
+
+    monkeypatch.setattr(fit_module._Run, "resume", resume)
+    return taken
+
+
+def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path, monkeypatch):
     whole = Case("figure2", "tiny", TINY).record()
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)],
@@ -158,9 +171,30 @@ def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path):
     assert 0 < whole.processor_seconds < 60
     (left,) = (tmp_path / "figure2").iterdir()
     assert left.suffix == ".checkpoint"
+    taken = resumptions(monkeypatch)
     resumed = runs.run(Case("figure2", "tiny", TINY), tmp_path, progress=False)
+    assert taken == [left]
+    assert not left.exists()
     assert [entry["step"] for entry in resumed.history] == [10, 20, 30]
     same(resumed, whole)
+
+
+def test_checkpoint_of_other_code_is_not_taken_up(tmp_path, monkeypatch):
+    case = Case("figure2", "tiny", TINY)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_code", lambda: b"former")
+        patch.setattr(Record, "save", stop)  # after the last step's checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(case, tmp_path, progress=False)
+    (left,) = (tmp_path / "figure2").iterdir()
+    taken = resumptions(monkeypatch)
+    runs.run(case, tmp_path, progress=False)
+    assert not taken
+    assert left.exists()
 
 
 # ---- the kernel model, watched

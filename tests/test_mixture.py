@@ -312,7 +312,7 @@ def test_outliers_go_to_the_next_precision():
     for got, expected in zip(
         mixture._evaluate(x, score=True), differences(mixture, x), strict=False
     ):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_reduced_matrix_products_are_not_used():
@@ -324,14 +324,13 @@ def test_reduced_matrix_products_are_not_used():
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize(("dtype", "std"), [(torch.float32, 0.08), (F64, 1e-3)])
+@pytest.mark.parametrize(("dtype", "std"), [(torch.float32, 0.12), (F64, 1e-3)])
 def test_split_cells_come_back_in_order(dtype, std):
     mixture = make(20, 2, std=std, dtype=dtype)
     x = mixture.sample((700,), generator=seeded(1))
     assert sum(len(cells.index) for cells in cells_of(x, mixture.precision_tril)) > 2
     one_by_one = torch.stack([mixture.log_prob(point) for point in x[:50]])
-    # what float32 may lose in a cell, and the rounding of the result
-    torch.testing.assert_close(mixture.log_prob(x)[:50], one_by_one, atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(mixture.log_prob(x)[:50], one_by_one, atol=1e-5, rtol=1e-6)
 
 
 def test_nan_is_passed_on_without_splitting():
@@ -454,6 +453,20 @@ def test_shards_of_centres_agree(leave_out, monkeypatch):
     assert calls == [3, 3, 2, 2]
     torch.testing.assert_close(shards, whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(shards), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_shards_have_centres_to_leave_out(monkeypatch):
+    mixture = make(3, 2)
+    expected = mixture.score_and_laplacian_ratio(mixture.centers, exclude=torch.arange(3))
+    monkeypatch.setattr(_evaluation, "_SIDE_ELEMENTS", 1)
+    found = mixture.score_and_laplacian_ratio(mixture.centers, exclude=torch.arange(3))
+    torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(_evaluation, "_SIDE_ELEMENTS", 40)
+    mixture = make(9, 2)
+    found = mixture.score_and_laplacian_ratio(mixture.centers, exclude=torch.arange(9))
+    monkeypatch.undo()
+    expected = mixture.score_and_laplacian_ratio(mixture.centers, exclude=torch.arange(9))
+    torch.testing.assert_close(found, expected)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -7,15 +7,16 @@ The exponent of a Gaussian is linear in the lifted point of eq. (32),
 so log-density, score and Laplacian are softmax attention (eq. (34)), and no tensor of shape
 (points, centres, d) exists. Multiplied out like this, the quadratic form cancels in floating point:
 its absolute error is about :math:`\varepsilon\, r^2\, \lambda_{\max}(\Gamma) / \sqrt d` for points within r of
-the origin (the roundings of the d squares have random signs). The points are therefore grouped into cells, each lifted about an origin of its own, until
-that bound is small; those for which cells would become too small are lifted in float64, and kernels too narrow
-for that are evaluated by differences. What neither cures is :math:`\varepsilon\,\kappa(\Gamma)`, for
+the origin (the roundings of the d squares have random signs). The points are therefore grouped into cells,
+each lifted about an origin of its own, until that bound is small; those for which cells would become too
+small are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is :math:`\varepsilon\,\kappa(\Gamma)`, for
 kernels much longer than wide: in float32, prefer float64 where the ratio of axes exceeds a few hundred.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from wpo_notes._attention import Keys, Queries, Values, attend, fits_fused, mask
 
-__all__ = ["Parameters", "evaluate", "exponents"]
+__all__ = ["Parameters", "evaluate", "exponents", "merged"]
 
 # Bound on the rounding error of an exponent, in nats, up to which it is multiplied out.
-_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-9}
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Cells are halved down to this many points: each lifts all centres anew.
 _SMALLEST_CELL = 128
 # This many numbers of the centres' side, keys and values, are made at a time if there are many cells.
@@ -73,7 +74,8 @@ def evaluate(
     is then not renormalised.
     """
     count, d = parameters.centers.shape
-    shards = -(-count * (d * d + 124) // _SIDE_ELEMENTS)
+    # at least two centres a shard, so that one can be left out
+    shards = min(-(-count * (d * d + 124) // _SIDE_ELEMENTS), max(1, count // 2))
     if shards == 1:
         return _evaluate_shard(parameters, points, score, laplacian, exclude)
     results, start = [], 0
@@ -83,11 +85,11 @@ def evaluate(
             own = (exclude - start).where((start <= exclude) & (exclude < end), -1)
         results.append(_evaluate_shard(Parameters(*shard), points, score, laplacian, own))
         start = end
-    return _merged(results)
+    return merged(results)
 
 
-def _merged(results: list[list[Tensor]]) -> list[Tensor]:
-    """Log-density of the sum of mixtures, and means of their scores and Laplacian ratios by its posterior."""
+def merged(results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Join evaluations of parts of a mixture: log-density of the sum, means of scores and Laplacian ratios."""
     log_probs, *averages = (torch.stack(part) for part in zip(*results, strict=True))
     weights = log_probs.softmax(0)
     means = [torch.einsum("sm,sm...->m...", weights, average) for average in averages]

@@ -28,6 +28,7 @@ from torch.distributions import (
 from torch.utils.checkpoint import checkpoint
 
 from wpo_notes._checks import checked_finite, checked_floating, checked_positive, make_generator
+from wpo_notes._evaluation import merged
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["LowRankGaussianMixture", "low_rank_clusters"]
@@ -278,15 +279,13 @@ class LowRankGaussianMixture(GaussianMixture):
         origin = self.centers.detach().double().mean(0)
 
         def at(points: Tensor, exclude: Tensor | None) -> tuple[Tensor, ...]:
-            """Combine the blocks of kernels, each a mixture of its own."""
-            local = points.double() - origin
-            result = None
-            for kernels in self._blocks(origin):
-                part = self._recomputed(
-                    _evaluate_block, local, *kernels, exclude, score, laplacian, several=blocks > 1
-                )
-                result = part if result is None else _combined(result, part)
-            return tuple(value.to(x.dtype) for value in result)
+            """Merge the blocks of kernels, each a mixture of its own."""
+            arguments = points.double() - origin, exclude, score, laplacian
+            results = [
+                self._recomputed(_evaluate_block, *arguments, *kernels, several=blocks > 1)
+                for kernels in self._blocks(origin)
+            ]
+            return tuple(value.to(x.dtype) for value in merged(results))
 
         blocks = len(self._sizes)
         parts = [
@@ -402,21 +401,17 @@ class _Kernels:
 
 def _evaluate_block(
     points: Tensor,
-    centers: Tensor,
-    variance: Tensor,
-    factor: Tensor,
-    log_weights: Tensor,
-    origin: Tensor,
-    first: int,
     exclude: Tensor | None,
     score: bool,
     laplacian: bool,
+    *block: Tensor | int,
 ) -> tuple[Tensor, ...]:
     """Log-density of a block's part of the mixture at points (m, d), its score and Laplacian ratio."""
-    kernels = _Kernels(centers, variance, factor, log_weights, origin, first)
+    kernels = _Kernels(*block)
     exponents, along = kernels.exponents(points)
     if exclude is not None:
-        own = torch.arange(first, first + len(centers), device=points.device)
+        last = kernels.first + len(kernels.centers)
+        own = torch.arange(kernels.first, last, device=points.device)
         # Not -inf: nothing else may be in this block.
         exponents = exponents.masked_fill(exclude[:, None] == own, -1e300)
     log_prob = torch.logsumexp(exponents, 1)
@@ -427,17 +422,6 @@ def _evaluate_block(
     if laplacian:
         results.append((weights * kernels.laplacians(points, along)).sum(1))
     return tuple(results)
-
-
-def _combined(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Sum of two parts of a mixture: scores and Laplacian ratios are weighed by the densities."""
-    log_prob = torch.logaddexp(one[0], other[0])
-    first, second = (one[0] - log_prob).exp(), (other[0] - log_prob).exp()
-    means = []
-    for a, b in zip(one[1:], other[1:], strict=True):
-        shape = (-1,) + (1,) * (a.ndim - 1)
-        means.append(first.reshape(shape) * a + second.reshape(shape) * b)
-    return log_prob, *means
 
 
 def low_rank_clusters(

@@ -189,6 +189,24 @@ class _Best:
         self.offer(model())
         return {}
 
+    def start_from(
+        self,
+        start: GaussianMixture,
+        model: Callable[[GaussianMixture], nn.Module],
+        x: Tensor,
+        *,
+        rank: int,
+        objective: str | None,
+        generator: torch.Generator,
+    ) -> None:
+        """Offer a start and, if it has kernels to train and an objective, its model as training goes on."""
+        self.about = {"rank": rank, "kernels": len(start.centers)}
+        if objective is None or len(start.centers) < 2:
+            self.offer(start)
+            return
+        loss = _LOSSES[objective]
+        self.train(model(start), x, about=self.about, loss=loss, generator=generator, **_TRAINING)
+
     def train(self, model: nn.Module, x: Tensor, *, every: int, about: dict, **options) -> None:
         """Train the model, offering its mixture at the start and after each `every` steps."""
         self.every, self.about = every, about | {"steps": 0}
@@ -225,18 +243,13 @@ def clustered(
                 break
             same = torch.Generator().manual_seed(seed)
             start = low_rank_clusters(x, count, rank, generator=same)
-            about = {"rank": rank, "kernels": len(start.centers)}
-            if objective is None or len(start.centers) < 2:
-                best.about = about
-                best.offer(start)
-                continue
-            best.train(
-                FreeLowRankKernelModel(start),
+            best.start_from(
+                start,
+                FreeLowRankKernelModel,
                 x,
-                about=about,
-                loss=_LOSSES[objective],
+                rank=rank,
+                objective=objective,
                 generator=generator,
-                **_TRAINING,
             )
     return _fitted(units.restored(best.mixture), **best.chosen)
 
@@ -286,18 +299,8 @@ def full(train: Tensor, validation: Tensor, generator: torch.Generator) -> Fitte
         if count * (dim + 1) > len(x):
             break
         start = clusters(x, count, generator=generator)
-        about = {"rank": dim, "kernels": len(start.centers)}
-        if len(start.centers) < 2:  # all other clusters were too small
-            best.about = about
-            best.offer(start)
-            continue
-        best.train(
-            FreeKernelModel(start),
-            x,
-            about=about,
-            loss=kernel_loss(),
-            generator=generator,
-            **_TRAINING,
+        best.start_from(
+            start, FreeKernelModel, x, rank=dim, objective="score matching", generator=generator
         )
     mixture = GaussianMixture(
         best.mixture.centers * units.scale + units.offset,

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+import wpo_notes
 from wpo_notes.experiments.records import Record, environment
 
 __all__ = ["Case", "Result", "available", "run"]
@@ -93,15 +94,23 @@ def run(
         return case.load(folder)
     except FileNotFoundError:
         pass
+    # Named by settings and code, so that a checkpoint of other ones is never taken up: the record names one commit.
     settings = json.dumps(asdict(case.settings), sort_keys=True).encode()
-    # Named by the settings, so that a checkpoint of other ones is never taken up.
-    digest = hashlib.sha256(settings).hexdigest()[:12]
+    digest = hashlib.sha256(settings + _code()).hexdigest()[:12]
     checkpoint = Path(folder) / case.experiment / f"{case.name}-{digest}.checkpoint"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     record = case.record(device=device, checkpoint=checkpoint, progress=progress)
     record.save(folder)
     checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _code() -> bytes:
+    """Digest of the package's source."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(wpo_notes.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def available(cases: Iterable[Case], folder: str | os.PathLike) -> dict[str, Record]:
