@@ -103,6 +103,14 @@ def test_both_ways_are_used():
         assert _attention._Problem(*inputs, None).fused is fused
 
 
+def test_a_release_without_the_fused_operators_does_without(monkeypatch):
+    inputs = problem()
+    expected = attention()(*inputs)
+    monkeypatch.setattr(_attention, "_FUSED", None)
+    assert not _attention._Problem(*inputs, None).fused
+    torch.testing.assert_close(attention()(*inputs), expected)
+
+
 def test_far_scores_leave_no_trace(way):
     # exp(-1000) is zero in float64, and must not come back as a clamped weight times a large value
     inputs = [part.detach() for part in problem(cells=1)]

@@ -25,6 +25,11 @@ _SCORE_FLOOR = {
 _BLOCK_ELEMENTS = 2**19
 # PyTorch's fused attention is faster for queries up to this long, two matrix products beyond.
 _LONGEST_FUSED = 64
+# Its operators give the log-sum-exp, which no public function does, and are internal: they may go with a release.
+_FUSED, _FUSED_BACKWARD = (
+    getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}", None)
+    for name in ("", "_backward")
+)
 
 
 class Queries(NamedTuple):
@@ -109,7 +114,8 @@ class _Problem(NamedTuple):
         cells, points, length = self.quadratic.shape
         # A single point is what vmap sees, for which the fused operation has no rule.
         return (
-            self.quadratic.device.type == "cpu"
+            _FUSED is not None
+            and self.quadratic.device.type == "cpu"
             and fits_fused(length + self.linear.shape[2])
             and cells * points > 1
         )
@@ -251,7 +257,7 @@ def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _joined(problem)
     blocks = []
     for rows in _fused_slices(problem):
-        mean, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        mean, log_total = _FUSED(
             query[:, :, rows], key, value, attn_mask=_fused_mask(problem, rows), scale=1.0
         )
         blocks.append((log_total[:, 0], mean[:, 0]))
@@ -276,8 +282,7 @@ def _fused_backward(
     of_queries = []
     of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
     for rows in _fused_slices(problem):
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        of_query, part_key, part_value = backward(
+        of_query, part_key, part_value = _FUSED_BACKWARD(
             to_mean[:, :, rows],
             query[:, :, rows],
             key,
