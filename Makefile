@@ -5,6 +5,7 @@ READY := $(VENV)/.ready
 # The first interpreter that runs and is new enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+CHAPTERS = $(BIN)/python -m pytest --nbval -n 2 --dist loadfile book
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Processes of `make paper`: one a core.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -15,7 +16,7 @@ export MKL_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: help setup book check-site test lint unit chapters format lab figure paper bench clean
+.PHONY: help setup book check-site test lint unit chapters browser format lab pdf figure paper bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,35 +31,47 @@ $(READY): requirements.txt pyproject.toml
 	$(PIP) --no-deps --editable .
 	@touch $@
 
+# pytest's status 5: no chapter is left to execute
 book: $(READY)  ## execute the chapters and build the site, warnings as errors, into _build/html
+	$(CHAPTERS) --unexecuted || [ $$? -eq 5 ]
 	$(BIN)/jupyter-book build -W -n --keep-going book
 
 check-site: $(READY)  ## check the built site: links, anchors, alt text, no request to another host
 	$(BIN)/python book/_ext/check_site.py _build/html
 
-test: $(READY)  ## lint, unit tests with coverage, and every chapter through pytest --nbval
+test: $(READY)  ## lint, unit tests with coverage, every chapter through pytest --nbval, the site in a browser
 	$(MAKE) lint
 	$(MAKE) unit
 	$(MAKE) chapters
+	$(MAKE) book
+	$(MAKE) check-site
+	$(MAKE) browser
 
-lint: $(READY)  ## ruff: lint and format check, code cells of the chapters included
+lint: $(READY)  ## ruff: lint and format, code cells of the chapters included; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python book/_ext/ruff_chapters.py
+	$(BIN)/mypy
 
 unit: $(READY)  ## the unit tests alone, with the coverage of wpo_notes
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 2 --doctest-modules tests wpo_notes --cov --cov-report=term-missing:skip-covered
 
 chapters: $(READY)  ## the chapters alone, through pytest --nbval
-	$(BIN)/python -m pytest --nbval -n 2 --dist loadfile book
+	$(CHAPTERS)
 
 format: $(READY)  ## rewrite Python files and code cells in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python book/_ext/ruff_chapters.py --fix
 
-lab: $(READY)  ## open the chapters in JupyterLab (right-click a chapter: Open With, Notebook)
+lab: $(READY)  ## open the chapters in JupyterLab; a double click opens one as a notebook
+	$(BIN)/jupytext-config --settings-file $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json set-default-viewer markdown myst
 	$(BIN)/jupyter lab book
+
+pdf: $(READY)  ## execute the chapters and make the PDF _build/latex/book.pdf; needs XeLaTeX
+	@for tool in latexmk xelatex; do command -v $$tool >/dev/null || { echo "$$tool was not found. On Debian: apt-get install latexmk texlive-xetex texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended fonts-freefont-otf tex-gyre" >&2; exit 1; }; done
+	$(CHAPTERS) --unexecuted || [ $$? -eq 5 ]
+	$(BIN)/jupyter-book build -W -n --keep-going --builder pdflatex book
 
 figure: $(READY)  ## draw the figure of the README again
 	$(BIN)/python book/_ext/headline.py

@@ -32,7 +32,7 @@ HEADER = {
 }
 PAGES = sorted(BOOK.glob("*.md"))
 NOTEBOOKS = [page for page in PAGES if page.read_text(encoding="utf-8").startswith("---\n")]
-CHAPTERS = [page for page in NOTEBOOKS if page.stem not in {"intro", "how-to-run"}]
+CHAPTERS = [page for page in NOTEBOOKS if page.stem not in {"intro", "how-to-run", "execution"}]
 MODULES = [path for path in sorted((ROOT / "wpo_notes").glob("*.py")) if path.stem[0] != "_"]
 TEXT = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
 with (BOOK / "claims.toml").open("rb") as file:
@@ -99,6 +99,10 @@ def test_figures_have_a_caption_and_a_description(page: str) -> None:
             assert about["figure"]["caption"].strip(), cell.source
             assert about["figure"]["name"].startswith("fig-"), cell.source
             assert len(about["image"]["alt"].strip()) > 20, cell.source
+        if "plots.animation(" in cell.source:
+            about = cell.metadata["mystnb"]["figure"]
+            assert about["caption"].strip(), cell.source
+            assert about["name"].startswith("fig-"), cell.source
 
 
 @pytest.mark.parametrize("page", names(CHAPTERS))
@@ -109,6 +113,18 @@ def test_chapters_have_question_module_and_exercises(page: str) -> None:
     assert modules
     assert set(modules) <= {*names(MODULES), "experiments"}
     assert re.search(r"^## Exercises$", TEXT[page], re.M)
+
+
+@pytest.mark.parametrize("page", names(CHAPTERS))
+def test_chapters_have_an_opening_and_solved_exercises(page: str) -> None:
+    opening, *_ = TEXT[page].split("\n## ")
+    assert opening.index("*Question") < opening.index("```{opening}") < opening.index("{code-cell}")
+    listed = "{checked-claims}" in TEXT[page]
+    assert listed == any("ledger.record(" in cell.source for cell in cells(page))
+    exercises = re.findall(r"^\*\*Exercise (\d+)\.\*\*", TEXT[page], re.M)
+    solutions = [cell for cell in cells(page) if "hide-cell" in cell.metadata.get("tags", [])]
+    assert exercises == [str(number + 1) for number in range(len(solutions))] != []
+    assert all("assert " in cell.source for cell in solutions)
 
 
 @pytest.mark.parametrize("module", names(MODULES))
@@ -203,8 +219,11 @@ def myst(*sources: str, title: str = "Tiny") -> str:
 
 @pytest.fixture
 def tiny_chapters(pytester: pytest.Pytester) -> pytest.Pytester:
+    (pytester.path / "book" / "_ext").mkdir(parents=True)
     shutil.copy(ROOT / "conftest.py", pytester.path)
-    (pytester.path / "book").mkdir()
+    shutil.copy(BOOK / "_ext" / "executed.py", pytester.path / "book" / "_ext")
+    shutil.copy(ROOT / "requirements.txt", pytester.path)
+    pytester.makeini("[pytest]\npythonpath = book/_ext\n")
     return pytester
 
 
@@ -217,6 +236,24 @@ def test_chapters_run_and_stop_at_the_first_failure(tiny_chapters: pytest.Pytest
     run = tiny_chapters.runpytest_subprocess("--nbval", "--nbval-cell-timeout", "3", "book")
     # bad: one cell passes, one fails, two are skipped; good: two pass; slow: one fails, one is skipped
     run.assert_outcomes(passed=3, failed=2, skipped=3)
+
+
+def test_chapters_that_passed_are_not_executed_again(tiny_chapters: pytest.Pytester) -> None:
+    book = tiny_chapters.path / "book"
+    good, bad = book / "good.md", book / "bad.md"
+    good.write_text(myst("x = 1", "x + 1"))
+    bad.write_text(myst("x = 1", "assert x == 2"))
+    run = tiny_chapters.runpytest_subprocess
+    run("--nbval", "book/good.md::Cell 0").assert_outcomes(passed=1)  # a part is not kept
+    run("--nbval", "--unexecuted", "book").assert_outcomes(passed=3, failed=1)
+    run("--nbval", "--unexecuted", "book").assert_outcomes(passed=1, failed=1)
+    bad.write_text(myst("x = 2", "assert x == 2"))
+    run("--nbval", "--unexecuted", "book").assert_outcomes(passed=2)
+    assert run("--nbval", "--unexecuted", "book").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    run("--nbval", "book").assert_outcomes(passed=4)
+    # A change of the package or of the requirements makes all results old.
+    (tiny_chapters.path / "requirements.txt").write_text("other==1\n")
+    run("--nbval", "--unexecuted", "book").assert_outcomes(passed=4)
 
 
 def test_plain_pytest_leaves_the_chapters_alone(tiny_chapters: pytest.Pytester) -> None:
@@ -315,7 +352,50 @@ def test_build_is_strict_and_the_ledger_follows_the_chapters(tiny_book: Path) ->
     assert "arithmetic" in output
 
 
+def test_site_is_built_from_the_chapters_that_pytest_executed(tiny_book: Path) -> None:
+    executions = tiny_book / "executions"
+    count = f"with open({str(executions)!r}, 'a') as file:\n    print(1, file=file)"
+    one = myst(count, "print('text')\n2 ** 70", record("cole-hopf", "holds"), "display(1.5)")
+    one = one.replace("# Tiny\n", "# Tiny\n\n```{opening}\n:needs: two\n\nYou will know it.\n```\n")
+    (tiny_book / "book" / "one.md").write_text(one + "\n```{checked-claims}\n```\n")
+    (tiny_book / "book" / "two.md").write_text("# Second\n\nNo code.\n")
+    shutil.copy(ROOT / "conftest.py", tiny_book)
+    command = [sys.executable, "-m", "pytest", "--nbval", "-o", "pythonpath=book/_ext", "book"]
+    subprocess.run(command, cwd=tiny_book, check=True, capture_output=True)
+    status, output = build(tiny_book)
+    assert status == 0, output
+    assert len(executions.read_text().splitlines()) == 1
+    html = (tiny_book / "_build" / "html" / "one.html").read_text(encoding="utf-8")
+    for shown in ("text", str(2**70), "1.5"):
+        assert re.search(rf"<pre>(<span></span>)?{shown}\n", html), shown
+    # the box at the beginning
+    box = re.search(r'<div class="opening.*?</div>', html, re.S)[0]
+    assert "You will know it." in box
+    assert re.search(r'<strong>Needs</strong> <a [^>]*href="two.html"', box)
+    assert "in 1 s (this page, when it was last built)" in box
+    # the list at the end
+    (item,) = re.findall(r"<li>.*?</li>", html[html.index("checked-claims") :], re.S)[:1]
+    assert 'href="#verdict-cole-hopf"' in item
+    assert "Error 1e-9 &lt; 1e-6." in item
+
+
+def test_opening_that_needs_an_unknown_page_fails_the_build(tiny_book: Path) -> None:
+    opening = (
+        "```{opening}\n:needs: nowhere\n\nYou will know it.\n```\n\n```{checked-claims}\n```\n"
+    )
+    (tiny_book / "book" / "one.md").write_text(f"# One\n\n{opening}")
+    (tiny_book / "book" / "two.md").write_text("# Second\n\nNo code.\n")
+    status, output = build(tiny_book)
+    assert status != 0
+    assert "nowhere" in output
+    html = (tiny_book / "_build" / "html" / "one.html").read_text(encoding="utf-8")
+    assert "a time that was not measured" in html
+    assert "No claim of the ledger is decided on this page yet." in html
+
+
 # ---- the checks of the site and of the cells' style
+
+FIGURE = "<figure>{}<figcaption>Points</figcaption></figure>"
 
 
 @pytest.mark.parametrize(
@@ -325,8 +405,14 @@ def test_build_is_strict_and_the_ledger_follows_the_chapters(tiny_book: Path) ->
         ('<a href="other.html#nowhere">x</a>', "link to a missing place: other.html#nowhere"),
         ('<script src="https://cdn.example/x.js"></script>', "loads https://cdn.example/x.js"),
         ('<link rel="stylesheet" href="//cdn.example/x.css">', "loads //cdn.example/x.css"),
-        ('<img src="data:,">', "image without a description: data:,"),
-        ('<img src="data:," alt="_images/1a2b.png">', "image without a description: data:,"),
+        (FIGURE.format('<img src="data:,">'), "image without a description: data:,"),
+        (
+            FIGURE.format('<img src="data:," alt="_images/1a2b.png">'),
+            "image without a description: data:,",
+        ),
+        ('<img src="data:," alt="Two half circles">', "image outside of a figure: data:,"),
+        ('<figure><img src="data:," alt="Two half circles"></figure>', "figure without a caption"),
+        ("<p>" + "long " * 300_000 + "</p>", "weighs 1.50 MB, more than 1.5 MB"),
         (r"<p>where $\WProx$ is</p>", r"not rendered: $\WProx$"),
         ("<p>see {eq}`x`</p>", "not rendered: {eq}`"),
         ('<p class="system-message">x</p>', "a message of the build is on the page"),
@@ -342,12 +428,26 @@ def test_site_check_finds(body: str, problem: str, tmp_path: Path) -> None:
 def test_site_check_accepts_what_is_right(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(
         '<a href="other.html#here">x</a><a href="https://example.org/">x</a><a href="#top">x</a>'
-        '<p id="top">costs $5 and $6</p><img src="data:," alt="Two half circles of points">'
+        '<p id="top">costs $5 and $6</p>'
+        + FIGURE.format('<img src="data:," alt="Two half circles of points">')
+        + '<script>"<img>"</script>'
         r'<div class="math"><span>$\WProx$</span></div><code>$\alpha$</code>'
     )
     (tmp_path / "other.html").write_text('<p id="here"></p>')
     assert check_site.check(tmp_path) == []
     assert check_site.check(tmp_path / "empty")[0].endswith("run `make book` first")
+
+
+def test_site_check_weighs_a_page_with_its_own_images(tmp_path: Path) -> None:
+    for name in ("_images/a.png", "_images/b.png", "_static/shared.js"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(1_000_000))
+    figure = FIGURE.format('<img src="_images/{0}.png" alt="Two half circles of points">')
+    shared = '<script src="_static/shared.js"></script>'
+    (tmp_path / "light.html").write_text(shared + 2 * figure.format("a"))
+    assert check_site.check(tmp_path) == []
+    (tmp_path / "heavy.html").write_text(shared + figure.format("a") + figure.format("b"))
+    assert check_site.check(tmp_path) == ["heavy.html: weighs 2.00 MB, more than 1.5 MB"]
 
 
 def test_site_check_reads_style_sheets(tmp_path: Path) -> None:

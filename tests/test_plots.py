@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import base64
+import io
 import math
+import re
+from html.parser import HTMLParser
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 from scipy.stats import multivariate_normal
 
 from wpo_notes import plots
@@ -186,3 +191,184 @@ def test_order_of_convergence_draws_data_and_a_parallel_guide(ax):
     assert (guide.get_ydata() < data.get_ydata()).all()
     assert ax.get_xscale() == ax.get_yscale() == "log"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["error", "order 2"]
+
+
+# ---- animations
+
+
+class Parsed(HTMLParser):
+    """Elements in order, as (tag, attributes), with a check that each is closed where it should be."""
+
+    VOID = frozenset({"img", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, str] = {}
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attributes)) == len(attributes), "an attribute twice"
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text[self.open[-1]] = self.text.get(self.open[-1], "") + data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def pixels(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGBA"))
+
+
+def moving_bar(labels=("s = 0", "s = 1", "s = 2"), **options) -> plots.Animation:
+    """Frame k is a bar that fills the k-th third of the axes."""
+    with mpl.rc_context():
+        plots.use_style()
+        figure, ax = plt.subplots(figsize=(3, 2))
+        ax.set(xlim=(0, 3), ylim=(0, 1))
+        (bar,) = ax.bar([0], [1], width=1, align="edge", color="#ff0000")
+        options = {"name": "moving-bar", "alt": "A bar", "slider": "Time s"} | options
+        return plots.animation(figure, bar.set_x, labels, **options)
+
+
+def test_animation_is_well_formed_and_needs_no_other_host():
+    text = moving_bar()._repr_html_()
+    page = Parsed(text)
+    assert page.open == []
+    images = [image["src"] for image in page.all("img")]
+    assert [image[:23] for image in images] == ["data:image/webp;base64,"] * 3
+    for image in images:
+        text = text.replace(image, "")
+    assert not re.search(r"//\w|@import|url\(|fetch|\bhref=|\bsrc=\"[^\"]", text)
+    assert "srcset" not in text
+    assert not page.all("link")
+
+
+def test_animation_shows_what_is_drawn_in_each_frame():
+    animation = moving_bar()
+    sources = [image["src"] for image in Parsed(animation._repr_html_()).all("img")]
+    frames = [pixels(base64.b64decode(source.split(",")[1])) for source in sources]
+    red = [
+        (f[..., 0] > 200) & (f[..., 1] < 60) & (f[..., 2] < 60) & (f[..., 3] > 200) for f in frames
+    ]
+    middles = [np.nonzero(r)[1].mean() for r in red]
+    first, second = np.diff(middles)
+    # One bar's width on, each time: the layout does not move. Half a pixel is the edges' rounding.
+    assert first > 60
+    assert second == pytest.approx(first, abs=1)
+    assert len({frame.shape for frame in frames}) == 1
+    # The ground is transparent: the corners are, and most of the rest.
+    assert all(frame[0, 0, 3] == 0 and (frame[..., 3] == 0).mean() > 0.5 for frame in frames)
+
+
+def test_animation_has_a_slider_with_names_and_values():
+    page = Parsed(moving_bar(still=1)._repr_html_())
+    (slider,), (label,), (button,) = (page.all(tag) for tag in ("input", "label", "button"))
+    assert (slider["type"], slider["min"], slider["max"]) == ("range", "0", "2")
+    assert slider["value"] == "1"
+    assert slider["aria-valuetext"] == "s = 1"
+    assert label["for"] == slider["id"]
+    assert page.text["label"] == "Time s"
+    assert button["type"] == "button"
+    assert page.text["button"].strip() == "Play"
+    images = page.all("img")
+    assert [image["alt"] for image in images] == ["s = 0. A bar", "s = 1. A bar", "s = 2. A bar"]
+    # Without JavaScript there is the still alone, and no slider that does nothing.
+    assert ["hidden" in image for image in images] == [True, False, True]
+    assert ["data-still" in image for image in images] == [False, True, False]
+    (controls,) = (a for a in page.all("div") if a["class"] == "animation-controls")
+    assert "hidden" in controls
+    assert "prefers-reduced-motion" in page.text["style"]
+    assert "@media print" in page.text["style"]
+
+
+def test_animations_of_one_page_have_ids_of_their_own():
+    texts = [moving_bar(name=name)._repr_html_() for name in ("one", "two")]
+    ids = [a["id"] for text in texts for _, a in Parsed(text).elements if "id" in a]
+    assert sorted(ids) == ["one-frames", "one-slider", "two-frames", "two-slider"]
+    assert 'getElementById("one-frames")' in texts[0]
+
+
+def test_animation_is_the_same_each_time_it_is_made():
+    first, second = moving_bar(), moving_bar()
+    assert first._repr_html_() == second._repr_html_()
+    assert first._repr_png_() == second._repr_png_()
+
+
+def test_animation_escapes_what_it_is_given():
+    labels = ('a < b & "c" $x$', "</script><b>", "$")  # no mathematics, and nothing to break out of
+    animation = moving_bar(labels, alt="'<i>\" & more", slider="<u>t</u>")
+    page = Parsed(animation._repr_html_())
+    assert page.open == []
+    assert {tag for tag, _ in page.elements} == {
+        *("div", "style", "img", "button", "label", "input", "script")
+    }
+    assert [image["data-label"] for image in page.all("img")] == list(labels)
+    assert page.all("img")[1]["alt"] == "</script><b>. '<i>\" & more"
+    assert page.text["label"] == "<u>t</u>"
+
+
+def test_animation_is_small():
+    """Thirty frames of two panels of noisy lines, busier than the book's own, stay below half a megabyte."""
+    with mpl.rc_context():
+        plots.use_style()
+        figure, axes = plt.subplots(1, 2, figsize=(5.8, 3))
+        lines = [ax.plot(np.arange(40), np.zeros(40))[0] for ax in axes]
+        for ax in axes:
+            ax.set_ylim(-3, 3)
+        noise = np.random.default_rng(0).standard_normal((30, 2, 40))
+
+        def draw(k):
+            for line, values in zip(lines, noise[k], strict=True):
+                line.set_ydata(values)
+
+        options = {"name": "noise", "alt": "Noise", "slider": "k"}
+        animation = plots.animation(figure, draw, [str(k) for k in range(30)], **options)
+    assert len(animation._repr_html_()) < 500_000
+
+
+def test_still_of_an_animation_is_a_png_for_print():
+    animation = moving_bar(still=2)
+    png = animation._repr_png_()
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG"
+    assert image.size == (480, 320)  # 3 by 2 inches at the style's 160 dots an inch
+    red = (np.asarray(image.convert("RGBA")) == (255, 0, 0, 255)).all(-1)
+    assert np.nonzero(red)[1].mean() > 360  # the last third
+    assert "3 frames" in repr(animation)
+    assert "s = 0 to s = 2" in repr(animation)
+
+
+def test_animation_closes_its_figure():
+    before = plt.get_fignums()
+    moving_bar()
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": ()}, "at least 2 frames, got 0: show a single picture as a figure"),
+        ({"labels": ("s = 0",)}, "at least 2 frames, got 1"),
+        ({"still": 3}, "still must be a frame, 0 to 2, got 3"),
+        ({"still": -1}, "still must be a frame, 0 to 2, got -1"),
+        ({"alt": " "}, "must say in words what the frames show"),
+        ({"slider": ""}, "must say in words what the frames show and what moves them"),
+        ({"name": "a b"}, "letters, digits and hyphens after a first letter, got 'a b'"),
+        ({"name": ""}, "letters, digits and hyphens"),
+    ],
+)
+def test_animation_refuses(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moving_bar(**options)
+    plt.close("all")

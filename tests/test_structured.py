@@ -212,6 +212,62 @@ def test_sample_moments(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_constraints_hold_for_good_parameters_only(kind):
+    mixture = make(kind)
+    for name, constraint in mixture.arg_constraints.items():
+        value = getattr(mixture, name)
+        assert bool(constraint.check(value).all())
+        if value.numel():
+            assert not bool(constraint.check(value * math.nan).all())
+    if kind != "full":
+        assert not mixture.arg_constraints["diagonal"].check(-mixture.diagonal).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rsample_derivatives_match_closed_forms(kind):
+    # E x_0^2 has the derivatives 2 w Z_0 in the centres and w in the first variance: those of a sum over
+    # components, so the estimate from n draws has a standard error of order 1 / sqrt(n).
+    *given, log_weights = parameters(3, 3, KINDS[kind], ratio=1.0)
+    given = [part.requires_grad_() for part in given]
+    mixture = build(kind, *given, log_weights)
+    assert mixture.has_rsample
+    weights = log_weights.softmax(0)
+    centers, variance, factor = given
+    second = weights @ (centers[:, 0].square() + variance[:, 0] + factor[:, 0].square().sum(-1))
+    exact = torch.autograd.grad(second, given)
+    estimates = []
+    for seed in range(40):
+        x = mixture.rsample((1000,), generator=seeded(seed))
+        assert torch.equal(x, mixture.sample((1000,), generator=seeded(seed)))
+        estimates.append(torch.autograd.grad(x[:, 0].square().mean(), given, retain_graph=True))
+    for found, expected in zip(zip(*estimates, strict=True), exact, strict=True):
+        found = torch.stack(found)
+        error = (found - found.mean(0)).square().sum(0).sqrt() / 40
+        assert ((found.mean(0) - expected).abs() <= 5.5 * error + 1e-12).all()  # t, 39 degrees
+        assert float(error.norm()) <= 0.1 * float(expected.norm())
+    weighted = build(kind, *given, log_weights.requires_grad_())
+    with pytest.raises(NotImplementedError, match="rsample has no derivative in log_weights"):
+        weighted.rsample((2,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kl_divergence(kind):
+    p, q = make(kind, 5, 3), make(kind, 4, 3, seed=1)
+    x = p.sample((40_000,), generator=seeded(2))
+    ratio = p.log_prob(x) - q.log_prob(x)
+    found = float(torch.distributions.kl_divergence(p, q))
+    worst = float((5 * p.log_weights.exp().max()).sqrt() * ratio.std()) / 100
+    # five of both errors, of which the first is a bound
+    assert abs(found - float(ratio.mean())) < 5 * (worst**2 + ratio.var().item() / 40_000) ** 0.5
+    assert 5 * worst < 0.2 * found
+    dense = torch.distributions.kl_divergence(p.to_torch(), q)
+    assert abs(float(dense) - found) < 8 * worst  # other draws
+    batch = p.expand((2,))
+    assert batch.sample((3,)).shape == (3, 2, 3)
+    torch.testing.assert_close(batch.log_prob(x[0]), p.log_prob(x[0]).expand(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exclude", [None, torch.tensor([0, -1, 2])])
 def test_gradients(kind, exclude):
     given = parameters(3, 3, KINDS[kind], ratio=1.0)

@@ -5,4 +5,4 @@ S. J. Osher, "Wasserstein proximal operators describe score-based generative mod
 memorization", arXiv:2402.06162 (2024). "Eq. (n)" in a docstring is that paper's equation (n).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,6 +1,6 @@
-"""Run the paper's experiments: ``python -m wpo_notes figure2 --scale quick``.
+"""Fit a kernel model to your own samples, or run the paper's experiments.
 
-Chapter: *How to run this book* (``book/how-to-run.md``).
+Chapters: *Your own data* (``book/your-own-data.md``) and *How to run it* (``book/how-to-run.md``).
 """
 
 from __future__ import annotations
@@ -8,61 +8,94 @@ from __future__ import annotations
 import argparse
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from wpo_notes import cli
 from wpo_notes.experiments import EXPERIMENTS, runs
 
 RESULTS = {"paper": Path("book/results"), "quick": Path("_build/quick")}
+_EXAMPLES = """
+your own samples:
+  python -m wpo_notes fit samples.csv --out model.safetensors
+  python -m wpo_notes sample model.safetensors --count 1000 --out new.csv
+  python -m wpo_notes density model.safetensors points.csv --out density.csv
+  python -m wpo_notes plot model.safetensors --data samples.csv --out picture.png
+  python -m wpo_notes report samples.csv --out report.html
+
+an experiment of the paper:
+  python -m wpo_notes figure2 --scale quick --data moons
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the cases of one experiment, or list all of them."""
-    parser = argparse.ArgumentParser(prog="python -m wpo_notes", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "experiment",
-        choices=[*EXPERIMENTS, "list"],
-        help="which experiment to run, or 'list': the commands of all of them, one a line",
+    """Run one command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m wpo_notes",
+        description=__doc__.split("\n")[0],
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--scale", choices=("quick", "paper"), default="quick")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--data", help="only this law")
-    parser.add_argument("--seed", type=int, help="instead of the experiment's own")
-    parser.add_argument("--case", help="only the case of this name")
-    parser.add_argument("--out", type=Path, help="folder of the records")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    cli.add_commands(commands)
+    for name, module in EXPERIMENTS.items():
+        about = str(inspect.getdoc(module)).split("\n")[0]
+        command = commands.add_parser(name, help=about.replace("%", "%%"), description=about)
+        _add_experiment_options(command)
+        command.set_defaults(run=_run, parser=command)
+    command = commands.add_parser("list", help="the commands of all experiments, one a line")
+    _add_experiment_options(command)
+    command.set_defaults(run=_list)
     options = parser.parse_args(arguments)
-    if options.experiment == "list":
-        cases = [case for module in EXPERIMENTS.values() for case in module.cases(options.scale)]
-        # Figures share runs, and two processes must not make the same one.
-        for experiment, name in dict.fromkeys((case.experiment, case.name) for case in cases):
-            print(f"{experiment} --scale {options.scale} --case {name}")
-        return
-    cases = _cases(parser, options)
+    options.run(options)
+
+
+def _add_experiment_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--scale", choices=("quick", "paper"), default="quick")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    command.add_argument("--data", help="only this law")
+    command.add_argument("--seed", type=int, help="instead of the experiment's own")
+    command.add_argument("--case", help="only the case of this name")
+    command.add_argument("--out", type=Path, help="folder of the records")
+
+
+def _list(options: argparse.Namespace) -> None:
+    """Print the commands of all experiments."""
+    cases = [case for module in EXPERIMENTS.values() for case in module.cases(options.scale)]
+    # Figures share runs, and two processes must not make the same one.
+    for experiment, name in dict.fromkeys((case.experiment, case.name) for case in cases):
+        print(f"{experiment} --scale {options.scale} --case {name}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run the cases of one experiment."""
+    cases = _cases(options)
     torch.set_num_threads(1)  # one process a core is faster than spinning threads
     folder = options.out or RESULTS[options.scale]
     for case in cases:
         record = runs.run(case, folder, device=options.device)
         print(f"{record.experiment} {record.case}  {record.seconds:.0f} s  {_line(record.metrics)}")
-    print(f"records in {folder / options.experiment}")
+    print(f"records in {folder / options.command}")
 
 
-def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[runs.Case]:
-    function = EXPERIMENTS[options.experiment].cases
+def _cases(options: argparse.Namespace) -> list[runs.Case]:
+    function = EXPERIMENTS[options.command].cases
     chosen = {key: getattr(options, key) for key in ("data", "seed")}
     chosen = {key: value for key, value in chosen.items() if value is not None}
     unknown = chosen.keys() - inspect.signature(function).parameters.keys()
     if unknown:
-        parser.error(f"{options.experiment} has no --{unknown.pop()}")
+        options.parser.error(f"{options.command} has no --{unknown.pop()}")
     cases = function(options.scale, **chosen)
     if options.case:
         names = [case.name for case in cases]
         if options.case not in names:
-            parser.error(f"{options.experiment} has no case {options.case!r}, but {names}")
+            options.parser.error(f"{options.command} has no case {options.case!r}, but {names}")
         cases = [case for case in cases if case.name == options.case]
     return cases
 
 
-def _line(metrics: dict) -> str:
+def _line(metrics: dict[str, Any]) -> str:
     """Numbers of a record's metrics, the nested ones by their names."""
     parts = []
     for name, value in metrics.items():

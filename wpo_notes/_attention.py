@@ -9,6 +9,7 @@ recomputes the weights from the log-sum-exp.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ _BLOCK_ELEMENTS = 2**19
 # PyTorch's fused attention is faster for queries up to this long, two matrix products beyond.
 _LONGEST_FUSED = 64
 # Its operators give the log-sum-exp, which no public function does, and are internal: they may go with a release.
+_FUSED: Any
+_FUSED_BACKWARD: Any
 _FUSED, _FUSED_BACKWARD = (
     getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}", None)
     for name in ("", "_backward")
@@ -74,12 +77,12 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         problem = _Problem(*inputs)
         return _fused(problem) if problem.fused else _by_products(problem)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.save_for_backward(*inputs, *output)
         ctx.save_for_forward(*inputs, *output)
 
@@ -93,10 +96,10 @@ class _Attention(torch.autograd.Function):
         return *_backward_by_products(problem, output, gradients), None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors  # once: recomputation allows no second look
         problem, output = _Problem(*saved[:8]), saved[8:]
-        return _jvp(problem, output, _Problem(*tangents[:7], None))
+        return _jvp(problem, output, _Problem._make((*tangents[:7], None)))
 
 
 class _Problem(NamedTuple):
@@ -169,7 +172,7 @@ def mask(exclude: Tensor, like: Tensor) -> Tensor:
 # ---- two matrix products, the scores of one block of points in between --------------------------------
 
 
-def _by_products(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _by_products(problem: _Problem) -> tuple[Tensor, ...]:
     blocks = []
     for cell, rows in problem.blocks():
         block = problem.rows(cell, rows)
@@ -245,7 +248,7 @@ def _jvp(problem: _Problem, output: tuple[Tensor, ...], tangent: _Problem) -> tu
     return _stacked(blocks, len(problem.bias))
 
 
-def _stacked(blocks: list[tuple[Tensor, ...]], cells: int) -> tuple[Tensor, ...]:
+def _stacked(blocks: Sequence[tuple[Tensor, ...]], cells: int) -> tuple[Tensor, ...]:
     """Join blocks of rows and give back the cells' axis: (C, M, ...)."""
     return tuple(torch.cat(part).unflatten(0, (cells, -1)) for part in zip(*blocks, strict=True))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
+from wpo_notes._optional import needed
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["clusters"]
@@ -19,16 +19,20 @@ def clusters(points: Tensor, count: int, *, generator: torch.Generator) -> Gauss
     """Mixture of at most `count` normal laws, one a cluster of k-means (scikit-learn): (n, d).
 
     Clusters of at most d + 1 points are given up and their points join the nearest others, so that no
-    centre is a training point, at which it would be scored.
+    centre is a training point, at which it would be scored. If fewer than two are left, as with an outlier,
+    the clusters are the halves of the points along their longest axis.
     """
     array = points.cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=generator, device=points.device))
-    found = KMeans(count, n_init=1, max_iter=30, random_state=seed).fit(array)
+    k_means = needed("sklearn.cluster").KMeans(count, n_init=1, max_iter=30, random_state=seed)
+    found = k_means.fit(array)
     centers = torch.from_numpy(found.cluster_centers_).to(points)
     label = torch.from_numpy(found.labels_).to(points.device, torch.int64)
     d = points.shape[1]
     large = torch.bincount(label, minlength=count) > d + 1
-    if not bool(large.all()):
+    if count > 1 and int(large.sum()) < 2:
+        centers, label = centers[:2], _halves(points)
+    elif not bool(large.all()):
         centers = centers[large]
         label = torch.cdist(points, centers).argmin(1)
     number = torch.bincount(label, minlength=len(centers)).to(points)
@@ -40,3 +44,12 @@ def clusters(points: Tensor, count: int, *, generator: torch.Generator) -> Gauss
     identity = torch.eye(d, dtype=points.dtype, device=points.device)
     covariance = (scatter + prior * identity) / (number + _PRIOR_POINTS)[:, None, None]
     return GaussianMixture.from_covariance(centers, covariance, log_weights=number.log())
+
+
+def _halves(points: Tensor) -> Tensor:
+    """Label of each point, 0 or 1: the lower or the upper half along the first principal axis."""
+    offset = points - points.mean(0)
+    axis = torch.linalg.svd(offset, full_matrices=False).Vh[0]
+    label = torch.ones(len(points), dtype=torch.int64, device=points.device)
+    label[(offset @ axis).argsort(stable=True)[: len(points) // 2]] = 0
+    return label

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def _restored(indices: list[Tensor], values: list[Tensor], points: int) -> Tenso
 class _Cells(NamedTuple):
     """Groups of equally many points, each lifted about its own origin."""
 
-    index: Tensor  # (C, m)
+    index: Tensor  # type: ignore[assignment]  # (C, m); hides the method of tuples
     origin: Tensor  # (C, d)
     dtype: torch.dtype  # float64 where float32 would lose too much
     lifted: bool  # False where the lifted form would lose too much even in float64
@@ -247,7 +247,7 @@ def _small_cells(
 # ---- the lifted form -------------------------------------------------------------------------------
 
 
-class _Sides(dict):
+class _Sides(dict[tuple[torch.dtype, bool], Any]):
     """Centres' sides of an evaluation, by dtype and whether lifted, each made when it is first asked for."""
 
     def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
@@ -318,19 +318,19 @@ class _Lifted:
             linear = -2 * (self.precision @ pulled.permute(1, 2, 0)).permute(2, 0, 1)
             local += [linear, (pulled.square().sum(-1) - self.trace)[..., None]]
         values = Values(self.value, torch.cat(local, -1))
-        log_prob, shared, local = attend(Queries(pairs, points), keys, values, exclude)
+        log_prob, shared, own = attend(Queries(pairs, points), keys, values, exclude)
         results = [log_prob]
         d = points.shape[-1]
         if self.score:
             # sum_i w_i Gamma_i (Z_i - x); the quadratic keys are -Gamma / 2, doubled off the diagonal
             matrix = _unpacked(shared[..., : pairs.shape[-1]], d)
-            results.append(local[..., :d] + (matrix * points[..., None, :]).sum(-1))
+            results.append(own[..., :d] + (matrix * points[..., None, :]).sum(-1))
         if self.laplacian:
             # sum_i w_i (|Gamma_i (x - Z_i)|^2 - Tr Gamma_i), eq. (31), multiplied out in x
             square, linear, constant = (
                 shared[..., -pairs.shape[-1] :],
-                local[..., -d - 1 : -1],
-                local[..., -1],
+                own[..., -d - 1 : -1],
+                own[..., -1],
             )
             results.append((pairs * square).sum(-1) + (points * linear).sum(-1) + constant)
         return tuple(results)
@@ -385,7 +385,7 @@ class _Differences:
         """Coordinates of x - Z_i and of Gamma_i (x - Z_i), each (m, N)."""
         coordinates = range(points.shape[1])
         offset = [points[:, k, None] - self.centers[:, k] for k in coordinates]
-        pulled = [
+        pulled: list[Any] = [
             sum(self.precision[:, k, m] * offset[m] for m in coordinates) for k in coordinates
         ]
         return offset, pulled
@@ -425,6 +425,6 @@ class _Differences:
             results.append(-torch.stack([(weights * part).sum(1) for part in pulled], -1))
         if self.laplacian:
             trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
-            square = sum(part.square() for part in pulled)
+            square: Any = sum(part.square() for part in pulled)
             results.append((weights * (square - trace)).sum(1))
         return tuple(results)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 
 
 def save_tensors(
-    path: str | os.PathLike, tensors: dict[str, Tensor], *, kind: str, **about
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], *, kind: str, **about: Any
 ) -> None:
     """Write tensors and JSON-serialisable facts; an earlier file stays whole until the new one is."""
     path = Path(path)
@@ -37,7 +38,9 @@ def save_tensors(
     os.replace(part, path)
 
 
-def load_tensors(path: str | os.PathLike, *, kind: str) -> tuple[dict[str, Tensor], dict]:
+def load_tensors(
+    path: str | os.PathLike[str], *, kind: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote. No code in the file is ever run.
 
     Raises:

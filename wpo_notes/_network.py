@@ -33,7 +33,6 @@ def perceptron(
             layer.weight.uniform_(-bound, bound, generator=generator)
             layer.bias.uniform_(-bound, bound, generator=generator)
         layers += [layer, nn.GELU()]
-    last = layers[-2]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for parameter in layers[-2].parameters():
+        nn.init.zeros_(parameter)
     return nn.Sequential(*layers[:-1])

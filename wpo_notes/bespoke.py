@@ -32,7 +32,14 @@ __all__ = [
 
 
 def lift(x: Float[Tensor, "B d"]) -> Float[Tensor, "B m"]:
-    r"""Lifted points :math:`\mathcal T(x) = (x \otimes x, x)`, eq. (32) with all d² products."""
+    r"""Lifted points :math:`\mathcal T(x) = (x \otimes x, x)`, eq. (32) with all d² products.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.bespoke import lift
+        >>> lift(torch.tensor([[2.0, 3.0]]))
+        tensor([[4., 6., 6., 9., 2., 3.]])
+    """
     return torch.cat([(x[:, :, None] * x[:, None]).flatten(1), x], 1)
 
 
@@ -278,7 +285,7 @@ class TensorKernelModel(KernelModel):
     ) -> None:
         super().__init__(centers, hidden=())
         d = self.centers.shape[1]
-        self.network = CanonicalPolyadic(
+        self.network = CanonicalPolyadic(  # type: ignore[assignment]
             ((self.centers - self.offset) / self.scale).abs().amax(0),
             d * (d + 1) // 2,
             rank=rank,
@@ -286,7 +293,7 @@ class TensorKernelModel(KernelModel):
             generator=generator,
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Raise an error: `KernelModel.load` knows the network only."""
         raise TypeError(
             "a TensorKernelModel cannot be saved as a KernelModel: save its state_dict(), or its "

@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -136,8 +136,11 @@ class PlanarLaw(_Law):
 
     dim = 2
     pieces: int
+
     # Exponents that one point needs.
-    _nodes: int
+    @property
+    @abstractmethod
+    def _nodes(self) -> int: ...
 
     @property
     def weights(self) -> Float[Tensor, " K"]:
@@ -304,7 +307,10 @@ class NoisyCurve(PlanarLaw):
         return -float(means @ weights.repeat(self.pieces)) / self.pieces
 
 
-def _diffused(law, variance: float):
+_Noisy = TypeVar("_Noisy", "NoisyCurve", "NoisyPoints")
+
+
+def _diffused(law: _Noisy, variance: float) -> _Noisy:
     """A copy of the law with the variance added to its noise's."""
     checked_positive("variance", variance, zero=True)
     diffused = copy.copy(law)
@@ -334,7 +340,7 @@ def _log_mean_normal(points: Tensor, centers: Tensor, log_weights: Tensor, std: 
     return torch.logsumexp(exponents, 1) + constant
 
 
-def _closest(curve: Callable, points: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _closest(curve: Callable[[Tensor], Tensor], points: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The curve's point and unit tangent where (c(u) - x) c'(u) = 0, or at an end, from u near it."""
     one = torch.ones_like(u)
 
@@ -342,7 +348,8 @@ def _closest(curve: Callable, points: Tensor, u: Tensor) -> tuple[Tensor, Tensor
         return torch.func.jvp(curve, (u,), (one,))[1]
 
     for _ in range(4):
-        (tangent, bend), offset = torch.func.jvp(velocity, (u,), (one,)), curve(u) - points
+        tangent, bend = torch.func.jvp(velocity, (u,), (one,))  # type: ignore[misc]
+        offset = curve(u) - points
         slope = (tangent.square() + offset * bend).sum(1)
         u = (u - (offset * tangent).sum(1) / slope).clamp(0, 1)
     tangent = velocity(u)
@@ -379,10 +386,10 @@ class NoisyArcs(NoisyCurve):
         std: the noise's standard deviation σ, in the data's units.
     """
 
-    curves: tuple[Arc, ...]
+    curves: tuple[Arc, ...]  # type: ignore[assignment]  # an arc can be called
 
     def __init__(self, name: str, arcs: Sequence[Arc], *, std: float) -> None:
-        super().__init__(name, arcs, std=std)
+        super().__init__(name, arcs, std=std)  # type: ignore[arg-type]
 
     @property
     def _nodes(self) -> int:
@@ -444,7 +451,7 @@ def _half_circle_rule(x: Tensor, radius: float, std: float) -> tuple[Tensor, Ten
     return log_weights.flatten(1), centers.flatten(1, 2)
 
 
-def _vector(values: Sequence, like: Tensor) -> Tensor:
+def _vector(values: Sequence[Any], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
@@ -460,7 +467,7 @@ class NoisyPoints(PlanarLaw):
     def __init__(self, name: str, centers: Float[Tensor, "K 2"], *, std: float) -> None:
         self.name = name
         self.centers = centers.double()
-        self.pieces = self._nodes = len(centers)
+        self.pieces = len(centers)
         self.std = checked_positive("std", std)
 
     def entropy(self) -> Estimate:
@@ -470,6 +477,10 @@ class NoisyPoints(PlanarLaw):
     def diffuse(self, variance: float) -> NoisyPoints:
         """Law of Y(s) when Y(0) has this law, eq. (17): variance β²s is added to the noise's."""
         return _diffused(self, variance)
+
+    @property
+    def _nodes(self) -> int:
+        return self.pieces
 
     def _draw(self, n: int, random: _Random) -> Tensor:
         piece, noise = random.pieces(self.pieces, n), random.normal(n, 2)
@@ -806,7 +817,7 @@ def _rings() -> NoisyArcs:
     return NoisyArcs("rings", [Arc((0, 0), 3 * r) for r in (1, 0.75, 0.5, 0.25)], std=0.08)
 
 
-_LAWS: dict[str, Callable[[], _Law]] = {
+_LAWS: dict[str, Callable[[], PlanarLaw | Swissroll6d]] = {
     "swissroll": _swissroll,
     "8gaussians": _eight_gaussians,
     "pinwheel": Pinwheel,
@@ -826,6 +837,14 @@ def get(name: str) -> PlanarLaw | Swissroll6d:
 
     Raises:
         ValueError: an unknown name.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.datasets import get
+        >>> law = get("8gaussians")
+        >>> x = law.sample(5, generator=torch.Generator().manual_seed(0))
+        >>> x.shape, law.log_prob(x).shape, round(law.entropy().value, 2)
+        (torch.Size([5, 2]), torch.Size([5]), 2.83)
     """
     if name not in _LAWS:
         raise ValueError(f"name must be one of {NAMES}, got {name!r}")

@@ -48,6 +48,15 @@ class ScoreNetwork(nn.Module):
 
     Raises:
         ValueError: a dimension or width below 1, or a data_std that is not positive.
+
+    Examples:
+        Before training it is the score of normal data, -y / (σ² + σ_d²).
+
+        >>> import torch
+        >>> from wpo_notes.denoiser import ScoreNetwork
+        >>> model = ScoreNetwork(2, data_std=1.0)
+        >>> model(torch.tensor([[1.0, -2.0]]), std=1.0).detach()
+        tensor([[-0.5000,  1.0000]])
     """
 
     def __init__(
@@ -130,7 +139,7 @@ def preconditioned(
 
 def denoising_loss(
     std_min: float, std_max: float
-) -> Callable[[Callable, Tensor, Tensor | None, torch.Generator | None], Tensor]:
+) -> Callable[[Callable[..., Tensor], Tensor, Tensor | None, torch.Generator | None], Tensor]:
     r"""Denoising score matching (5) as a loss for `wpo_notes.fit.fit`: log σ uniform in a range.
 
     Each point of the batch has its own σ; with the weight σ² the levels count alike.
@@ -148,7 +157,10 @@ def denoising_loss(
         raise ValueError(f"std_max must be larger than std_min, got {std_max:g} <= {std_min:g}")
 
     def loss(
-        model: Callable, x: Tensor, index: Tensor | None, generator: torch.Generator | None
+        model: Callable[..., Tensor],
+        x: Tensor,
+        index: Tensor | None,
+        generator: torch.Generator | None,
     ) -> Tensor:
         generator = make_generator(generator, x.device)
         uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,13 +35,13 @@ def rank_and_size(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     return 0, 1
 
 
-def check_same(about: dict, group: dist.ProcessGroup | None = None) -> None:
+def check_same(about: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Compare facts (name: value) between the ranks.
 
     Raises:
         ValueError: on all ranks, if a value is not the same on all of them; says which and where.
     """
-    every: list[dict] = [{} for _ in range(rank_and_size(group)[1])]
+    every: list[dict[str, Any]] = [{} for _ in range(rank_and_size(group)[1])]
     dist.all_gather_object(every, about, group=group)
     for rank, theirs in enumerate(every):
         differing = [name for name, value in every[0].items() if theirs[name] != value]

@@ -13,17 +13,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm, trange
 
 from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
 from wpo_notes._clusters import clusters
 from wpo_notes._files import load_tensors, save_tensors
+from wpo_notes._optional import progress_bar
 from wpo_notes.distributed import average_gradients, check_same, own_generator, rank_and_size
 from wpo_notes.losses import implicit_score_matching
 from wpo_notes.mixture import GaussianMixture
@@ -35,6 +35,7 @@ __all__ = [
     "TrainingStopped",
     "constant",
     "cosine",
+    "fewest_points",
     "fit",
     "fit_algorithm_1",
     "fit_kernel_model",
@@ -54,7 +55,7 @@ class Record(NamedTuple):
     step: int
     objective: float  # mean over the batches since the last record
     held_out: float | None  # on the held-out points, if there are any
-    measured: dict | None  # what `measure` returned, if it was given
+    measured: dict[str, Any] | None  # what `measure` returned, if it was given
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def fit(
     schedule: Callable[[float], float] = cosine,
     clip: float = 5.0,
     held_out: Float[Tensor, "m d"] | None = None,
-    measure: Callable[[nn.Module], dict] | None = None,
+    measure: Callable[[nn.Module], dict[str, Any]] | None = None,
     record_every: int = 100,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
     generator: torch.Generator | None = None,
     progress: bool = True,
@@ -198,7 +199,7 @@ def fit(
 
     run.start_clock()
     shown = progress and rank == 0
-    bar = trange(steps, initial=run.step, disable=not shown, desc="fit", unit="step")
+    bar = progress_bar(shown=shown, total=steps, initial=run.step, desc="fit", unit="step")
     while run.step < steps:
         for group in run.optimizer.param_groups:
             group["lr"] = lr * schedule(run.step / steps)
@@ -274,7 +275,12 @@ class _Run:
         self.typical_norm = 0.99 * self.typical_norm + 0.01 * clipped
 
     @torch.no_grad()
-    def record(self, loss: Loss, held_out: Tensor | None, measure: Callable | None) -> None:
+    def record(
+        self,
+        loss: Loss,
+        held_out: Tensor | None,
+        measure: Callable[[nn.Module], dict[str, Any]] | None,
+    ) -> None:
         value = None
         if held_out is not None:
             same_noise = torch.Generator(held_out.device).manual_seed(0)
@@ -284,7 +290,7 @@ class _Run:
         self.history.append(Record(self.step, mean, value, measured))
         self.unrecorded.clear()
 
-    def save(self, path: str | os.PathLike, settings: dict) -> None:
+    def save(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
@@ -325,7 +331,7 @@ class _Run:
             )
         return f"training stopped at step {self.step}: {cause}"
 
-    def resume(self, path: str | os.PathLike, settings: dict) -> None:
+    def resume(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         tensors, about = load_tensors(path, kind="checkpoint")
         differing = [key for key in settings if about["settings"].get(key) != settings[key]]
         if differing:
@@ -368,7 +374,7 @@ def fit_kernel_model(
     batch_size: int = 512,
     lr: float = 1e-2,
     loss: Loss | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
 ) -> KernelModel:
@@ -400,25 +406,35 @@ def fit_kernel_model(
     Raises:
         TypeError, ValueError: x is not a floating matrix of distinct finite points that vary in
             each coordinate, or has too few points for the centres.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.datasets import get
+        >>> from wpo_notes.fit import fit_kernel_model
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = get("moons").sample(300, generator=generator)
+        >>> model = fit_kernel_model(x, centers=20, steps=20, generator=generator, progress=False)
+        >>> mixture = model()
+        >>> mixture.log_prob(x).shape, mixture.sample((5,), generator=generator).shape
+        (torch.Size([300]), torch.Size([5, 2]))
     """
     x = checked_sample_set("x", x)
     generator = make_generator(generator, x.device)
     n, d = x.shape
-    # Points a centre, at least: a member's clusters shall have points enough for a covariance.
-    most = (n - n // members) // (2 * (d + 1)) if members >= 2 else 0
+    most = (n - n // members) // _points_a_center(d) if members >= 2 else 0
     smallest = 2 if centers is None else -(-centers // members) if members >= 2 else 0
     if not 2 <= smallest <= most:
         asked = "" if centers is None else f" with {centers} centres"
         raise ValueError(
             f"{n} points in {d} dimensions{asked} are too few or too many for {members} members: each "
-            f"needs from 2 to (points outside its fold) / {2 * (d + 1)} centres, so bring more points "
+            f"needs from 2 to (points outside its fold) / {_points_a_center(d)} centres, so bring more points "
             "or ask for other numbers"
         )
     offset, scale = x.mean(0), x.std(0)
     points = (x - offset) / scale
     fold = torch.randperm(n, generator=generator, device=x.device) % members
     results: dict[int, tuple[float, list[GaussianMixture]]] = {}
-    bar = tqdm(desc="fit_kernel_model", unit=" members", disable=not progress)
+    bar = progress_bar(shown=progress, desc="fit_kernel_model", unit=" members")
 
     def cross_validate(size: int) -> float:
         """Fit the members with `size` centres each; their log-likelihood on the points that they have not seen."""
@@ -472,6 +488,17 @@ def fit_kernel_model(
     return FreeKernelModel(pooled)
 
 
+def fewest_points(d: int, members: int = 5) -> int:
+    """Number of points in d dimensions that `fit_kernel_model` needs at least."""
+    seen = 2 * _points_a_center(d)  # by each member: all points but one in `members`
+    return seen + (seen - 1) // (members - 1)
+
+
+def _points_a_center(d: int) -> int:
+    """Points a centre, at least: a member's clusters shall have points enough for a covariance."""
+    return 2 * (d + 1)
+
+
 def fit_algorithm_1(
     x: Float[Tensor, "n d"],
     *,
@@ -481,7 +508,7 @@ def fit_algorithm_1(
     hidden: Sequence[int] = (64,) * 5,
     steps: int = 2000,
     generator: torch.Generator | None = None,
-    **options,
+    **options: Any,
 ) -> KernelModel:
     """Algorithm 1 of the paper on the samples x, without ever scoring a centre at itself.
 
@@ -517,15 +544,15 @@ def fit_algorithm_1(
     else:
         checked_points("centers", centers, x.shape[1])
     model = KernelModel(centers, hidden=hidden, generator=generator)
-    exclude = _index_of_equal_row(x, model.centers)
+    own = _index_of_equal_row(x, model.centers)
     if not leave_one_out:
-        x, exclude = x[exclude < 0], None
+        x = x[own < 0]
         if len(x) == 0:
             raise ValueError(
                 "x must have points that are not centres, but all of them are: ask for fewer "
                 "centres, or for leave_one_out=True"
             )
-    loss = kernel_loss(exclude)
+    loss = kernel_loss(own if leave_one_out else None)
     fit(model, x, steps=steps, loss=loss, held_out=held_out, generator=generator, **options)
     return model
 

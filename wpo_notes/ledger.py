@@ -44,6 +44,11 @@ def record(claim: str, verdict: str, evidence: str) -> Verdict:
 
     Raises:
         ValueError: an unknown verdict, or no evidence.
+
+    Examples:
+        >>> from wpo_notes.ledger import record
+        >>> record("cole-hopf", "holds", f"The residual is {3e-9:.0e}.")
+        cole-hopf: holds. The residual is 3e-09.
     """
     if verdict not in VERDICTS:
         raise ValueError(f"verdict must be one of {VERDICTS}, got {verdict!r}")

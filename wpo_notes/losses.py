@@ -45,6 +45,16 @@ def implicit_score_matching(
         mixture: the model.
         x: (B, d), points of the data.
         exclude: (B,), the index of the centre that each point is, or -1; left out at that point.
+
+    Examples:
+        A standard normal law in the plane has :math:`2(|x|^2 - 2) - |x|^2` at x.
+
+        >>> import torch
+        >>> from wpo_notes.losses import implicit_score_matching
+        >>> from wpo_notes.mixture import GaussianMixture
+        >>> normal = GaussianMixture.from_variance(torch.zeros(1, 2), 1.0)
+        >>> round(float(implicit_score_matching(normal, torch.tensor([[1.0, 0.0]]))), 5)
+        -3.0
     """
     score, laplacian_ratio = mixture.score_and_laplacian_ratio(x, exclude=exclude)
     return (2 * laplacian_ratio - score.square().sum(-1)).mean()

@@ -13,21 +13,20 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import ot
 import torch
 from jaxtyping import Float
 from scipy.spatial import KDTree
 from scipy.stats import mannwhitneyu
-from sklearn.model_selection import cross_val_score
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from wpo_notes._checks import checked_points, make_generator
+from wpo_notes._optional import needed
 
 __all__ = [
     "Estimate",
     "Law",
     "Memorisation",
+    "PiecewiseLaw",
     "classifier_test",
     "energy_test",
     "fisher_divergence",
@@ -61,6 +60,18 @@ class Law(Protocol):
         """Log-density, (..., d) -> (...)."""
 
 
+@runtime_checkable
+class PiecewiseLaw(Protocol):
+    """What `weight_error` needs of a law: its pieces (see `wpo_notes.datasets.PlanarLaw`)."""
+
+    @property
+    def weights(self) -> Tensor:
+        """Probability of each piece, (K,)."""
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of each piece, (..., d) -> (..., K)."""
+
+
 @torch.no_grad()
 def kl_divergence(
     law: Law,
@@ -85,6 +96,15 @@ def kl_divergence(
 
     Raises:
         ValueError: n below 2, or a log-density of the wrong shape or with a NaN.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.datasets import get
+        >>> from wpo_notes.metrics import kl_divergence
+        >>> law = get("moons")
+        >>> estimate = kl_divergence(law, lambda x: law.log_prob(x) - 1, n=100)
+        >>> round(estimate.value, 6), round(estimate.error, 6)
+        (1.0, 0.0)
     """
     if n < 2:
         raise ValueError(f"n must be at least 2 for a standard error, got {n}")
@@ -178,8 +198,16 @@ def wasserstein(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
 
     The distance between two samples of the same law is not 0: give that null beside it. Time grows
     about as n³.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.metrics import wasserstein
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> wasserstein(x, x + torch.tensor([3.0, 4.0]))
+        5.0
     """
     _check_samples(x=x, y=y)
+    ot = needed("ot")
     cost = ot.dist(_array(x), _array(y), metric="sqeuclidean")
     return float(np.sqrt(max(float(ot.emd2([], [], cost, numItermax=10_000_000)), 0.0)))
 
@@ -208,8 +236,9 @@ def sliced_wasserstein(
     u = torch.randn(
         x.shape[1], projections, generator=generator, dtype=torch.float64, device=x.device
     )
-    u = _array(u / u.norm(dim=0))
-    return float(ot.sliced_wasserstein_distance(_array(x), _array(y), projections=u))
+    directions = _array(u / u.norm(dim=0))
+    distance = needed("ot").sliced_wasserstein_distance
+    return float(distance(_array(x), _array(y), projections=directions))
 
 
 @torch.no_grad()
@@ -264,13 +293,14 @@ def classifier_test(
     label = np.repeat([0, 1], [len(x), len(y)])
     # Interleaved, so that each fold of consecutive points has as many of both.
     order = np.arange(len(label)).reshape(2, -1).T.ravel()
-    classifier = KNeighborsClassifier(round(len(label) ** 0.5))
-    accuracy = cross_val_score(classifier, points[order], label[order], cv=folds).mean()
+    classifier = needed("sklearn.neighbors").KNeighborsClassifier(round(len(label) ** 0.5))
+    scores = needed("sklearn.model_selection").cross_val_score
+    accuracy = scores(classifier, points[order], label[order], cv=folds).mean()
     return Estimate(float(accuracy), float((accuracy * (1 - accuracy) / len(label)) ** 0.5))
 
 
 @torch.no_grad()
-def weight_error(law, x: Float[Tensor, "n d"]) -> float:
+def weight_error(law: PiecewiseLaw, x: Float[Tensor, "n d"]) -> float:
     r"""Error of the modes' weights in a sample: total variation distance from the law's.
 
     .. math:: \tfrac12 \sum_k \Bigl|w_k - \frac1n\sum_i \P(k \mid x_i)\Bigr|
@@ -279,7 +309,7 @@ def weight_error(law, x: Float[Tensor, "n d"]) -> float:
     :math:`\tfrac12\sum_k\sqrt{2 w_k(1 - w_k)/\pi n}` where the pieces are separated, not 0.
 
     Args:
-        law: with `weights` (K,) and `component_log_prob(x)` (n, K), see `wpo_notes.datasets`.
+        law: the law, with K pieces.
         x: (n, d), the sample.
     """
     _check_samples(x=x)

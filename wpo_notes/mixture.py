@@ -9,7 +9,7 @@ and how exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,8 @@ from torch.distributions import (
     MixtureSameFamily,
     MultivariateNormal,
     constraints,
+    kl_divergence,
+    register_kl,
 )
 
 from wpo_notes._checks import (
@@ -31,7 +33,13 @@ from wpo_notes._checks import (
 )
 from wpo_notes._evaluation import Parameters, evaluate, exponents
 
-__all__ = ["GaussianMixture"]
+if TYPE_CHECKING:
+    from wpo_notes.diffusion import Denoiser
+
+__all__ = ["ExpandedMixture", "GaussianMixture", "kl_monte_carlo"]
+
+# Least number of draws in an estimate of a Kullback-Leibler divergence.
+_KL_DRAWS = 10_000
 
 
 class GaussianMixture(Distribution):
@@ -43,6 +51,9 @@ class GaussianMixture(Distribution):
 
     The paper prints :math:`\det\Gamma_i`; with it the mass is not one and Proposition 4.1 fails
     (see the errata). Everything is differentiable in x and in the parameters.
+
+    As a ``torch.distributions.Distribution`` it has batch shape () and event shape (d,): it can be expanded,
+    transformed, and is a member of ``kl_divergence``, which is a Monte Carlo estimate (see `kl_monte_carlo`).
 
     Args:
         centers: (N, d), the means Z_i, in the data's units.
@@ -57,9 +68,12 @@ class GaussianMixture(Distribution):
             the diagonal or a diagonal that is not positive.
     """
 
-    arg_constraints: ClassVar[dict] = {}  # checked in __init__, with messages that say what to do
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "centers": constraints.independent(constraints.real, 2),
+        "precision_tril": constraints.independent(constraints.lower_cholesky, 1),
+        "log_weights": constraints.real_vector,
+    }
     support = constraints.real_vector
-    has_rsample = False
 
     centers: Float[Tensor, "N d"]
     precision_tril: Float[Tensor, "N d d"]
@@ -80,11 +94,17 @@ class GaussianMixture(Distribution):
         self.centers = centers
         self.precision_tril = precision_tril
         self.log_weights = log_weights - torch.logsumexp(log_weights, 0)
-        super().__init__(torch.Size(), centers.shape[-1:], validate_args=validate_args)
+        self._start(validate_args)
         if self._validate_args:
             checked_finite("centers", centers)
             _check_tril(precision_tril)
             checked_finite("log_weights", log_weights)
+
+    def _start(self, validate_args: bool | None) -> None:
+        """Initialise the base class without its checks: ours have messages that say what to do."""
+        Distribution.__init__(self, torch.Size(), self.centers.shape[-1:], validate_args=False)
+        default = Distribution._validate_args
+        self._validate_args = default if validate_args is None else validate_args
 
     @classmethod
     def from_covariance(
@@ -117,10 +137,10 @@ class GaussianMixture(Distribution):
                 )
         factor, info = _upper_cholesky(covariance)
         if bool((info != 0).any()):
-            bad = int(info.nonzero()[0])
-            smallest = float(torch.linalg.eigvalsh(covariance[bad].detach())[0])
+            first = int(info.nonzero()[0])
+            smallest = float(torch.linalg.eigvalsh(covariance[first].detach())[0])
             raise ValueError(
-                f"covariance must be positive definite, but covariance[{bad}] has smallest "
+                f"covariance must be positive definite, but covariance[{first}] has smallest "
                 f"eigenvalue {smallest:.3g}"
             )
         return cls(
@@ -223,21 +243,62 @@ class GaussianMixture(Distribution):
             sample_shape: leading shape of the result.
             generator: source of randomness on the centres' device; a fresh one if None.
         """
+        return self._sample(sample_shape, generator)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether `rsample` is there: unless the weights are to be differentiated."""
+        return not self.log_weights.requires_grad
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*shape d"]:
+        r"""Samples that are differentiable in the centres and factors: :math:`Z_i + L_i^{-\top}\xi`, i drawn.
+
+        With i and ξ held fixed, the derivative of the mean of f(x) is unbiased. There is none like it in the
+        weights: a sample would have to move so that mass flows from one component to another, and between
+        components that lie apart, where the density p is small, its speed is of order 1 / p. The estimate would
+        have a variance that grows like the exponential of the squared distance in standard deviations. For
+        weights, differentiate ``(f(x) * mixture.log_prob(x)).mean()`` at ``x = mixture.sample(...)`` instead.
+
+        Args:
+            sample_shape: as in `sample`, with the same draws for the same generator.
+            generator: as in `sample`.
+
+        Raises:
+            NotImplementedError: the log-weights require a gradient.
+        """
+        if not self.has_rsample:
+            raise NotImplementedError(
+                "rsample has no derivative in log_weights, which require a gradient: detach them, or "
+                "differentiate (f(x) * mixture.log_prob(x)).mean() at x = mixture.sample(...)"
+            )
+        return self._sample(sample_shape, generator)
+
+    def _sample(
+        self, sample_shape: Sequence[int], generator: torch.Generator | None
+    ) -> Float[Tensor, "*shape d"]:
         shape = torch.Size(sample_shape)
+        if shape.numel() == 0:  # which multinomial refuses
+            return self.centers.new_empty(*shape, *self.event_shape)
         generator = make_generator(generator, self.centers.device)
-        n = shape.numel()
-        d = self.centers.shape[-1]
-        if n == 0:  # which multinomial refuses
-            return self.centers.new_empty(*shape, d)
-        component = torch.multinomial(
-            self.log_weights.exp(), n, replacement=True, generator=generator
-        )
+        weights = self.log_weights.detach().exp()
+        component = torch.multinomial(weights, shape.numel(), replacement=True, generator=generator)
+        return self._draw(component, generator).reshape(*shape, *self.event_shape)
+
+    def _draw(
+        self, component: Int[Tensor, " n"], generator: torch.Generator
+    ) -> Float[Tensor, "n d"]:
+        """One point of each of the components, differentiable in their parameters."""
         noise = torch.randn(
-            n, d, 1, generator=generator, dtype=self.centers.dtype, device=self.centers.device
+            (len(component), *self.event_shape, 1),
+            generator=generator,
+            dtype=self.centers.dtype,
+            device=self.centers.device,
         )
         # Cov = L^-T L^-1, so L^-T times white noise has covariance Gamma^-1.
         offset = torch.linalg.solve_triangular(self.precision_tril[component].mT, noise, upper=True)
-        return (self.centers[component] + offset[..., 0]).reshape(*shape, d)
+        return self.centers[component] + offset[..., 0]
 
     def diffuse(self, variance: float | Tensor) -> GaussianMixture:
         r"""Convolution with N(0, variance I): the heat flow of Proposition 4.1, eq. (26).
@@ -301,6 +362,35 @@ class GaussianMixture(Distribution):
     def variance(self) -> Float[Tensor, " d"]:
         """Variance of each coordinate, (d,)."""
         return self.covariance_matrix.diagonal()
+
+    def entropy(self) -> Tensor:
+        """Raise an error: a mixture's entropy has no closed form.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "the entropy of a mixture has no closed form: estimate it by "
+            "-mixture.log_prob(mixture.sample((n,), generator=generator)).mean()"
+        )
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> Distribution:
+        """The same law at each place of a batch, independent of the others.
+
+        Args:
+            batch_shape: shape S of the batch; () returns the mixture itself.
+
+        Returns:
+            `ExpandedMixture` of batch shape S and event shape (d,).
+        """
+        batch_shape = torch.Size(batch_shape)
+        return ExpandedMixture(self, batch_shape) if batch_shape else self
+
+    def as_denoiser(self) -> Denoiser:
+        r"""Exact denoiser :math:`D(x; \sigma) = x + \sigma^2\,\nabla\log\eta(x, \sigma^2)` of this law, see `wpo_notes.diffusion`."""
+        from wpo_notes.diffusion import Denoiser  # which needs this module
+
+        return Denoiser(self)
 
     def to_torch(self) -> MixtureSameFamily:
         """Return the same law as ``torch.distributions.MixtureSameFamily``."""
@@ -406,6 +496,161 @@ class GaussianMixture(Distribution):
         if count == 1 and exclude.numel() and int(exclude.max()) == 0:
             raise ValueError("exclude must leave a centre, but the mixture has only one")
         return exclude
+
+
+class ExpandedMixture(Distribution):
+    """One mixture at each place of a batch, independent of the others: what `GaussianMixture.expand` returns.
+
+    Args:
+        base: the mixture, of event shape (d,).
+        batch_shape: shape S of the batch.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # its parameters are those of the base
+    support = constraints.real_vector
+
+    def __init__(self, base: GaussianMixture, batch_shape: Sequence[int]) -> None:
+        self.base = base
+        super().__init__(torch.Size(batch_shape), base.event_shape, validate_args=False)
+
+    def log_prob(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+        """Log-density at x, whose leading shape is broadcast with S.
+
+        Raises:
+            ValueError: a leading shape that does not broadcast with S.
+        """
+        value = self.base.log_prob(x)
+        try:
+            shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"x must have shape (..., d) with a leading shape that broadcasts with the batch shape "
+                f"{tuple(self.batch_shape)}, got {tuple(x.shape)}"
+            ) from None
+        return value.expand(shape)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*shape d"]:
+        """Exact samples, (*sample_shape, *S, d), all independent."""
+        return self.base.sample((*sample_shape, *self.batch_shape), generator=generator)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether `rsample` is there, as for the base."""
+        return self.base.has_rsample
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*shape d"]:
+        """Differentiable samples, see `GaussianMixture.rsample`."""
+        return self.base.rsample((*sample_shape, *self.batch_shape), generator=generator)
+
+    @property
+    def mean(self) -> Float[Tensor, "*batch d"]:
+        """Mean, (*S, d)."""
+        return self.base.mean.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Float[Tensor, "*batch d"]:
+        """Variance of each coordinate, (*S, d)."""
+        return self.base.variance.expand(self.batch_shape + self.event_shape)
+
+    def entropy(self) -> Tensor:
+        """Raise an error, as `GaussianMixture.entropy` does."""
+        return self.base.entropy()
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> Distribution:
+        """The same law on a batch of another shape, to which S can be broadcast.
+
+        Raises:
+            ValueError: a shape to which S cannot be broadcast.
+        """
+        batch_shape = torch.Size(batch_shape)
+        # Shapes are all that matters, so the tensor that tells takes no memory.
+        try:
+            torch.empty((), device="meta").expand(self.batch_shape).expand(batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"batch_shape must be one to which {tuple(self.batch_shape)} broadcasts, "
+                f"got {tuple(batch_shape)}"
+            ) from None
+        return ExpandedMixture(self.base, batch_shape)
+
+    def __repr__(self) -> str:
+        return f"{self.base!r} on a batch of shape {tuple(self.batch_shape)}"
+
+
+# ---- Kullback-Leibler divergences -----------------------------------------------------------------
+
+
+def kl_monte_carlo(p: GaussianMixture, q: Distribution) -> Tensor:
+    r"""Kullback-Leibler divergence of mixtures by Monte Carlo: what ``torch.distributions.kl_divergence`` calls.
+
+    .. math:: \mathcal D_{KL}(p \| q) = \sum_i w_i\,\E_{p_i}[\log p - \log q]
+              \approx \sum_i \frac{w_i}{m} \sum_{j=1}^m \bigl(\log p - \log q\bigr)(Z_i + L_i^{-\top}\xi_{ij}),
+              \qquad m = \lceil 10^4 / N \rceil .
+
+    ``kl_divergence`` takes no generator, so the ξ come from one that is seeded by 0: the same arguments give
+    the same number, and the global random state is neither read nor changed. With every component drawn
+    equally often the estimate is differentiable in all parameters of p and q, the weights too. Its standard
+    error is at most :math:`\sqrt{N \max_i w_i}\, / 100` times the standard deviation of log p - log q
+    under p; for uniform weights a hundredth of that deviation. `wpo_notes.metrics.kl_divergence` takes a
+    generator and a number of draws and returns its error.
+
+    Args:
+        p: a mixture.
+        q: any distribution of batch shape () with density on the same space. For p a ``MultivariateNormal`` or
+            a ``MixtureSameFamily`` of laws that have a ``covariance_matrix``, q has to be a mixture.
+
+    Raises:
+        ValueError: a q of another event shape, or with a batch.
+    """
+    if q.batch_shape or q.event_shape != p.event_shape:
+        raise ValueError(
+            f"both laws must have batch shape () and one event shape, got {tuple(p.event_shape)} and "
+            f"batch shape {tuple(q.batch_shape)}, event shape {tuple(q.event_shape)}"
+        )
+    device, count = p.centers.device, len(p.centers)
+    generator = torch.Generator(device).manual_seed(0)
+    draws = -(-_KL_DRAWS // count)
+    component = torch.arange(count, device=device).repeat_interleave(draws)
+    x = p._draw(component, generator)
+    ratio = (p.log_prob(x) - q.log_prob(x)).reshape(count, draws)
+    return p.log_weights.exp() @ ratio.mean(1)
+
+
+for _other in (GaussianMixture, MixtureSameFamily, MultivariateNormal):
+    register_kl(GaussianMixture, _other)(kl_monte_carlo)
+
+
+@register_kl(MultivariateNormal, GaussianMixture)
+@register_kl(MixtureSameFamily, GaussianMixture)
+def _kl_of_torch(p: MultivariateNormal | MixtureSameFamily, q: GaussianMixture) -> Tensor:
+    return kl_monte_carlo(_from_torch(p), q)
+
+
+@register_kl(ExpandedMixture, ExpandedMixture)
+def _kl_of_batches(p: ExpandedMixture, q: ExpandedMixture) -> Tensor:
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    return kl_divergence(p.base, q.base).expand(shape)
+
+
+def _from_torch(law: MultivariateNormal | MixtureSameFamily) -> GaussianMixture:
+    """The same law as a `GaussianMixture`."""
+    if law.batch_shape:
+        raise ValueError(f"both laws must have batch shape (), got {tuple(law.batch_shape)}")
+    if isinstance(law, MultivariateNormal):
+        return GaussianMixture.from_covariance(law.loc[None], law.covariance_matrix)
+    components = law.component_distribution
+    if not hasattr(components, "covariance_matrix"):
+        raise NotImplementedError(
+            "the divergence of a MixtureSameFamily needs components that are MultivariateNormal or "
+            f"LowRankMultivariateNormal, got {type(components).__name__}"
+        )
+    return GaussianMixture.from_covariance(
+        components.mean, components.covariance_matrix, log_weights=law.mixture_distribution.logits
+    )
 
 
 def _upper_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,18 @@ diagonal and low-rank precisions, *Many dimensions: real images* (``book/digits.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from scipy.spatial import KDTree
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from wpo_notes._checks import checked_positive, checked_sample_set, make_generator
 from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes._network import perceptron
+from wpo_notes._optional import needed
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.structured import LowRankGaussianMixture
 
@@ -67,6 +67,9 @@ class KernelModel(nn.Module):
     offset: Tensor
     scale: Tensor
     initial_std: Tensor
+    hidden: tuple[int, ...] | None
+    __call__: Callable[..., GaussianMixture]  # what `forward` returns, for type checkers
+    column_names: tuple[str, ...] | None = None  # names of the coordinates, kept in the file
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class KernelModel(nn.Module):
             device=centers.device,
         )
         if rank:
-            start = self.network[-1].bias[d:]
+            start = self.network[-1].get_parameter("bias")[d:]
             nn.init.normal_(start, 0, _INITIAL_COLUMN * d**-0.5, generator=generator)
 
     def precision_tril(self, z: Float[Tensor, "M d"]) -> Float[Tensor, "M d d"]:
@@ -149,8 +152,8 @@ class KernelModel(nn.Module):
         # valid by construction; checking what may be most of the memory would take as much again
         return LowRankGaussianMixture(self.centers, *kernels, validate_args=False)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the model to a safetensors file with a checksum."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model, with the names of its columns if it has them, to a safetensors file with a checksum."""
         save_tensors(
             path,
             self.state_dict(),
@@ -158,10 +161,11 @@ class KernelModel(nn.Module):
             hidden=self.hidden,
             precision=self.precision,
             rank=self.rank,
+            column_names=self.column_names,
         )
 
     @staticmethod
-    def load(path: str | os.PathLike) -> KernelModel:
+    def load(path: str | os.PathLike[str]) -> KernelModel:
         """Read a model that `save` wrote, on the CPU. Runs no code from the file.
 
         Raises:
@@ -189,6 +193,8 @@ class KernelModel(nn.Module):
                 LowRankGaussianMixture(centers, *kernels, log_weights=log_weights)
             )
         model.load_state_dict(tensors)
+        if about.get("column_names") is not None:
+            model.column_names = tuple(about["column_names"])
         return model
 
     def extra_repr(self) -> str:
@@ -268,6 +274,7 @@ class FreeLowRankKernelModel(KernelModel):
     variance: Tensor
     factor: Tensor
     log_weights: Tensor
+    __call__: Callable[..., LowRankGaussianMixture]
 
     def __init__(self, start: LowRankGaussianMixture) -> None:
         nn.Module.__init__(self)  # without the network
@@ -345,7 +352,8 @@ def _lower_triangular(entries: Tensor, floor: Tensor) -> Tensor:
 def _median_neighbour_distance(points: Tensor) -> float:
     array = points.cpu().numpy()
     if array.shape[1] > _TREE_DIMENSIONS:
-        search = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(array)
+        neighbours = needed("sklearn.neighbors").NearestNeighbors
+        search = neighbours(n_neighbors=2, algorithm="brute").fit(array)
         distance, _ = search.kneighbors(array)
     else:
         distance, _ = KDTree(array).query(array, k=2)

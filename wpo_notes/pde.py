@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
@@ -52,7 +53,7 @@ _RELATIVE_TOLERANCE = 1e-8
 _ABSOLUTE_TOLERANCE = 1e-10
 
 Function = Callable[[Tensor], Tensor]
-Evolution = Callable[[Tensor, Tensor], Tensor]
+Evolution = Callable[[Tensor, Any], Tensor]  # the time as it was given: a number or a tensor
 
 
 # ---- derivatives and residuals ------------------------------------------------------------------
@@ -87,14 +88,21 @@ def divergence(field: Function, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "
     for k in range(x.shape[-1]):
         direction = torch.zeros_like(x)
         direction[..., k] = 1
-        value, derivative = torch.func.jvp(field, (x,), (direction,))
+        value, derivative = torch.func.jvp(field, (x,), (direction,))  # type: ignore[misc]
         _checked_shape("field", value, x.shape)
         total = total + derivative[..., k]
     return total
 
 
 def laplacian(f: Function, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    r"""Laplacian :math:`\Delta f = \nabla\cdot\nabla f` at each point; arguments as for `gradient`."""
+    r"""Laplacian :math:`\Delta f = \nabla\cdot\nabla f` at each point; arguments as for `gradient`.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.pde import laplacian
+        >>> laplacian(lambda x: x.square().sum(-1), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([4., 4.])
+    """
     return divergence(lambda y: gradient(f, y), x)
 
 
@@ -116,7 +124,8 @@ def time_derivative(f: Evolution, x: Float[Tensor, "*batch d"], t: float | Tenso
             f"t must be one time or have shape {tuple(x.shape[:-1])}, a time for each point, "
             f"got {tuple(t.shape)}"
         )
-    value, derivative = torch.func.jvp(lambda time: f(x, time), (t,), (torch.ones_like(t),))
+    one = torch.ones_like(t)
+    value, derivative = torch.func.jvp(lambda s: f(x, s), (t,), (one,))  # type: ignore[misc]
     _checked_shape("f", value, x.shape[:-1])
     return derivative
 
@@ -148,6 +157,14 @@ def hjb_residual(
         x: (..., d), where the residual is wanted.
         t: denoising time, one for all points or (...).
         beta: diffusion coefficient; eq. (11) has :math:`\gamma = \beta^2/2`.
+
+    Examples:
+        A linear function with the right speed solves the equation.
+
+        >>> import torch
+        >>> from wpo_notes.pde import hjb_residual
+        >>> hjb_residual(lambda x, t: 2 * x.sum(-1) + 2 * t, torch.tensor([[0.5], [1.0]]), 0.3, beta=1.0)
+        tensor([0., 0.])
     """
     gamma = 0.5 * checked_positive("beta", beta) ** 2
     slope = gradient(lambda y: u(y, t), x)
@@ -361,7 +378,11 @@ def _average(faces: tuple[sparse.csr_array, ...]) -> sparse.csr_array:
 
 
 def _integrate(
-    velocity: Callable, jacobian: Callable, start: Tensor, clock: np.ndarray, remedy: str
+    velocity: Callable[..., Any],
+    jacobian: Callable[..., Any],
+    start: Tensor,
+    clock: np.ndarray,
+    remedy: str,
 ) -> np.ndarray:
     """Values at the times of `clock`, (k, *grid)."""
     values = _to_numpy(start)

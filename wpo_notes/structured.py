@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
-from sklearn.cluster import KMeans
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import (
     Categorical,
-    Distribution,
     LowRankMultivariateNormal,
     MixtureSameFamily,
+    constraints,
 )
 from torch.utils.checkpoint import checkpoint
 
 from wpo_notes._checks import checked_finite, checked_floating, checked_positive, make_generator
 from wpo_notes._evaluation import merged
+from wpo_notes._optional import needed
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["LowRankGaussianMixture", "low_rank_clusters"]
@@ -60,6 +61,13 @@ class LowRankGaussianMixture(GaussianMixture):
         ValueError: wrong shapes, no centre, NaN or infinite entries, a variance that is not positive.
     """
 
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "centers": constraints.independent(constraints.real, 2),
+        "diagonal": constraints.independent(constraints.positive, 2),
+        "factor": constraints.independent(constraints.real, 3),
+        "log_weights": constraints.real_vector,
+    }
+
     diagonal: Float[Tensor, "N d"]
     factor: Float[Tensor, "N d r"]
 
@@ -75,9 +83,10 @@ class LowRankGaussianMixture(GaussianMixture):
         if log_weights is None and isinstance(centers, Tensor) and centers.ndim:
             log_weights = centers.new_zeros(centers.shape[0])
         _check_shapes(centers, variance, factor, log_weights)
+        assert log_weights is not None  # it would have been refused
         self.centers, self.diagonal, self.factor = centers, variance, factor
         self.log_weights = log_weights - torch.logsumexp(log_weights, 0)
-        Distribution.__init__(self, torch.Size(), centers.shape[-1:], validate_args=validate_args)
+        self._start(validate_args)
         if self._validate_args:
             for name, value in (
                 ("centers", centers),
@@ -143,31 +152,21 @@ class LowRankGaussianMixture(GaussianMixture):
 
     # ---- the mixture as a law ---------------------------------------------------------------
 
-    @torch.no_grad()
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*shape d"]:
-        r"""Exact samples :math:`Z_i + \sqrt{v_i}\,\xi + W_i\zeta`, without an SDE (Remark 4.3).
-
-        Args:
-            sample_shape: leading shape of the result.
-            generator: source of randomness on the centres' device; a fresh one if None.
-        """
-        shape = torch.Size(sample_shape)
-        generator = make_generator(generator, self.centers.device)
-        n, (_, d, r) = shape.numel(), self.factor.shape
-        if n == 0:  # which multinomial refuses
-            return self.centers.new_empty(*shape, d)
-        component = torch.multinomial(
-            self.log_weights.exp(), n, replacement=True, generator=generator
-        )
-        about = {"dtype": self.centers.dtype, "device": self.centers.device, "generator": generator}
+    def _draw(
+        self, component: Int[Tensor, " n"], generator: torch.Generator
+    ) -> Float[Tensor, "n d"]:
+        r"""One point :math:`Z_i + \sqrt{v_i}\,\xi + W_i\zeta` of each of the components."""
+        n, (_, d, r) = len(component), self.factor.shape
+        about: Any = {
+            "dtype": self.centers.dtype,
+            "device": self.centers.device,
+            "generator": generator,
+        }
         x = self.centers[component] + self.diagonal[component].sqrt() * torch.randn(n, d, **about)
         inner = torch.randn(n, r, 1, **about)
         rows = max(1, _BLOCK_ELEMENTS // max(d * r, 1))
         parts = zip(component.split(rows), inner.split(rows), strict=True)
-        x += torch.cat([(self.factor[index] @ part)[..., 0] for index, part in parts])
-        return x.reshape(*shape, d)
+        return x + torch.cat([(self.factor[index] @ part)[..., 0] for index, part in parts])
 
     def diffuse(self, variance: float | Tensor) -> LowRankGaussianMixture:
         r"""Convolution with N(0, variance I), Proposition 4.1: :math:`v_i` becomes :math:`v_i + \beta^2 s`.
@@ -251,7 +250,7 @@ class LowRankGaussianMixture(GaussianMixture):
         """Least standard deviation of the diagonal parts."""
         return float(self.diagonal.min()) ** 0.5
 
-    def _like(
+    def _like(  # type: ignore[override]
         self, centers: Tensor, variance: Tensor, factor: Tensor, log_weights: Tensor
     ) -> LowRankGaussianMixture:
         """Mixture whose parameters are valid by construction, with this one's validation."""
@@ -324,7 +323,7 @@ class LowRankGaussianMixture(GaussianMixture):
         _, d, r = self.factor.shape
         return max(1, _BLOCK_ELEMENTS // max(self._sizes[0] * max(r, 1), 8 * d))
 
-    def _blocks(self, origin: Tensor) -> Iterator[tuple[Tensor | int, ...]]:
+    def _blocks(self, origin: Tensor) -> Iterator[tuple[Any, ...]]:
         """Kernels by blocks, about an origin and in float64, each with the number of its first."""
         first = 0
         parameters = (self.centers, self.diagonal, self.factor, self.log_weights)
@@ -333,7 +332,9 @@ class LowRankGaussianMixture(GaussianMixture):
             first += len(centers)
 
     @staticmethod
-    def _recomputed(function: Callable, *arguments, several: bool) -> tuple[Tensor, ...]:
+    def _recomputed(
+        function: Callable[..., Any], *arguments: Any, several: bool
+    ) -> tuple[Tensor, ...]:
         """Result of the function; where there are several, computed anew in the backward pass."""
         if several and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -404,7 +405,7 @@ def _evaluate_block(
     exclude: Tensor | None,
     score: bool,
     laplacian: bool,
-    *block: Tensor | int,
+    *block: Any,
 ) -> tuple[Tensor, ...]:
     """Log-density of a block's part of the mixture at points (m, d), its score and Laplacian ratio."""
     kernels = _Kernels(*block)
@@ -456,7 +457,8 @@ def low_rank_clusters(
         raise ValueError(f"rank must be from 0 to {d - 1}, below the dimension, got {rank}")
     generator = make_generator(generator, points.device)
     seed = int(torch.randint(2**31, (), generator=generator, device=points.device))
-    found = KMeans(count, n_init=1, max_iter=30, random_state=seed).fit(points.cpu().numpy())
+    k_means = needed("sklearn.cluster").KMeans(count, n_init=1, max_iter=30, random_state=seed)
+    found = k_means.fit(points.cpu().numpy())
     label = torch.from_numpy(found.labels_).to(points.device, torch.int64)
     centers = torch.from_numpy(found.cluster_centers_).to(points)
     large = torch.bincount(label, minlength=count) > rank + 1
@@ -504,7 +506,7 @@ def _check_shapes(
             f"got shape {tuple(centers.shape)}"
         )
     n, d = centers.shape
-    expected = {
+    expected: dict[str, tuple[Any, str, tuple[int, ...]]] = {
         "variance": (variance, f"({n}, {d})", (n, d)),
         "factor": (factor, f"({n}, {d}, r)", (n, d, *factor.shape[2:3])),
         "log_weights": (log_weights, f"({n},)", (n,)),

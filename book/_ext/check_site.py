@@ -1,7 +1,8 @@
 """Checks the built site as a reader without a network would find it: ``check_site.py _build/html``.
 
 Reported: links and anchors that lead nowhere, anything loaded from another host, images without a
-description, formulas, references or warnings left as raw text, and errors in cell outputs.
+description, figures without a caption, formulas, references or warnings left as raw text, errors in cell
+outputs, and pages that weigh too much.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ RAW = re.compile(
     r"\$[^$\n]*\\[a-zA-Z]+[^$\n]*\$|\\paper\b|\{(?:eq|doc|prf:ref|numref|cite|glue)[^}]*\}`"
 )
 VERBATIM = {"script", "style", "pre", "code", "textarea"}
+MAX_WEIGHT = 1_500_000  # bytes of a page with what it loads, without what the pages share
 EXTERNAL_CSS = re.compile(r"(?:@import\s+|url\()\s*['\"]?(?:https?:)?//[^)'\"]+")
 
 
@@ -31,9 +33,12 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.ids: set[str] = set()
         self.links: list[str] = []
+        self.loaded: list[str] = []
         self.problems: list[str] = []
         self._verbatim = 0
         self._math = 0
+        self._captions: list[str] = []  # text of each figure that is open, the innermost last
+        self._in_caption = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -52,7 +57,13 @@ class Page(HTMLParser):
                 self.problems.append(f"loads {url}")
             elif not url.startswith("data:"):
                 self.links.append(url)
+                self.loaded.append(url)
+        if tag == "figure":
+            self._captions.append("")
+        self._in_caption |= tag == "figcaption"
         if tag == "img":
+            if not self._captions and "_static/" not in url:
+                self.problems.append(f"image outside of a figure: {url[:60]}")
             alt = found.get("alt", "").strip()
             if not alt or HASH.search(alt):
                 self.problems.append(f"image without a description: {url[:60]}")
@@ -65,10 +76,23 @@ class Page(HTMLParser):
         self._verbatim -= tag in VERBATIM
         if self._math and tag in {"span", "div"}:
             self._math -= 1
+        self._in_caption &= tag != "figcaption"
+        if tag == "figure" and self._captions and not self._captions.pop().strip(" #\n"):
+            self.problems.append("figure without a caption")
 
     def handle_data(self, data: str) -> None:
+        if self._in_caption and self._captions:
+            self._captions[-1] += data
         if not self._verbatim and not self._math:
             self.problems += [f"not rendered: {match}" for match in RAW.findall(data)]
+
+
+def own_files(path: Path, page: Page) -> set[Path]:
+    """Files that the page loads and the other pages do not: not the theme's, nor the search index."""
+    files = {(path.parent / unquote(urlsplit(url).path)).resolve() for url in page.loaded}
+    return {file for file in files if file.is_file() and "_static" not in file.parts} - {
+        path.parent / "searchindex.js"
+    }
 
 
 def check(site: Path) -> list[str]:
@@ -93,6 +117,9 @@ def check(site: Path) -> list[str]:
                 found.append(f"link to a missing file: {link}")
             elif anchor and file in pages and anchor not in pages[file].ids:
                 found.append(f"link to a missing place: {link}")
+        weight = sum(file.stat().st_size for file in (path, *own_files(path, page)))
+        if weight > MAX_WEIGHT:
+            found.append(f"weighs {weight / 1e6:.2f} MB, more than {MAX_WEIGHT / 1e6:g} MB")
         problems += [f"{path.relative_to(site)}: {problem}" for problem in dict.fromkeys(found)]
     for path in sorted(site.rglob("*.css")):
         urls = EXTERNAL_CSS.findall(path.read_text(encoding="utf-8", errors="replace"))

@@ -7,7 +7,6 @@ ignores.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import re
@@ -15,6 +14,7 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+import executed
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -158,23 +158,13 @@ def summary(env, kind: str) -> str:
     return f"Of {counts.total()} {KINDS[kind]}: {listed}."
 
 
-def package_key() -> str:
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "wpo_notes").rglob("*.py")):
-        digest.update(path.read_bytes())
-    for path in sorted((ROOT / "book" / "results").rglob("*.json")):
-        digest.update(path.read_bytes())
-    digest.update((ROOT / "requirements.txt").read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def key_cache(app: Sphinx, config) -> None:
-    config.nb_execution_cache_path = str(ROOT / "_build" / ".execution" / package_key())
+    config.nb_execution_cache_path = str(executed.folder())
 
 
 def outdated(app: Sphinx, env, added, changed, removed) -> set[str]:
     """Read every page again when the package has changed since the last build."""
-    key = package_key()
+    key = executed.key()
     stale = getattr(env, "wpo_package_key", key) != key
     env.wpo_package_key = key
     return set(env.found_docs) if stale else set()

@@ -40,6 +40,13 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Table:
 
     Raises:
         ValueError: a row of another length than the head.
+
+    Examples:
+        >>> from wpo_notes.experiments.tables import table
+        >>> table(["law", "nats"], [("moons", f"{0.5:.2f}"), ("rings", None)])
+        law    nats
+        moons  0.50
+        rings
     """
     head = _texts(head)
     rows = [_texts(row) for row in rows]

@@ -1,0 +1,116 @@
+"""Sphinx extension: what stands at a chapter's beginning and at its end.
+
+``{opening}`` is a box with what the reader will know, the chapters that are needed, and the time that the
+chapter took to run when it was last executed. ``{checked-claims}`` lists the verdicts that the chapter holds.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from myst_nb.core.execute import ExecutionResult
+from myst_nb.sphinx_ import NbMetadataCollector
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+from verdicts import load_claims, records
+
+logger = logging.getLogger(__name__)
+
+
+class PendingTime(nodes.Inline, nodes.Element):
+    """Stands for the time that the page took to run."""
+
+
+class PendingClaims(nodes.General, nodes.Element):
+    """Stands for the list of the page's verdicts."""
+
+
+class OpeningDirective(SphinxDirective):
+    """Box at the beginning of a chapter; the content says what the reader will know at its end."""
+
+    has_content = True
+    option_spec: ClassVar = {"needs": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        self.assert_has_content()
+        box = nodes.container(classes=["opening"])
+        self.state.nested_parse(self.content, self.content_offset, box)
+        needs = [name.strip() for name in self.options.get("needs", "").split(",") if name.strip()]
+        if needs:
+            links: list[nodes.Node] = [nodes.strong("", "Needs"), nodes.Text(" ")]
+            for number, name in enumerate(needs):
+                links += [nodes.Text(", ")] * (number > 0)
+                links.append(self.link(name))
+            box += nodes.paragraph("", "", *links, nodes.Text("."))
+        box += nodes.paragraph("", "", nodes.strong("", "Runs"), nodes.Text(" in "), PendingTime())
+        return [box]
+
+    def link(self, name: str) -> nodes.Node:
+        """What the role ``{doc}`` makes: resolved, or warned about, when all pages have been read."""
+        return addnodes.pending_xref(
+            "",
+            nodes.inline("", name),
+            refdomain="std",
+            reftype="doc",
+            reftarget=name,
+            refdoc=self.env.docname,
+            refexplicit=False,
+            refwarn=True,
+        )
+
+
+class CheckedClaimsDirective(SphinxDirective):
+    """List of the ledger's claims that the page decides, each with verdict and evidence."""
+
+    def run(self) -> list[nodes.Node]:
+        statements = nodes.container()
+        for claim, about in load_claims().items():
+            inline, _ = self.state.inline_text(about["text"], self.lineno)
+            statements += nodes.paragraph("", "", *inline, claim=claim)
+        return [PendingClaims("", *statements.children)]
+
+
+def seconds(execution: ExecutionResult | None) -> str:
+    """Time of a page's execution as it reads in a sentence."""
+    if not execution or execution["runtime"] is None:
+        return "a time that was not measured"
+    return f"{max(1, round(execution['runtime']))} s (this page, when it was last built)"
+
+
+def resolve(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    execution = NbMetadataCollector.get_exec_data(app.env, docname)
+    for pending in list(doctree.findall(PendingTime)):
+        pending.replace_self(nodes.Text(seconds(execution) + "."))
+    found = records(app.env).get(docname, {})
+    for pending in list(doctree.findall(PendingClaims)):
+        items = []
+        for statement in pending.children:
+            if statement["claim"] in found:
+                record = found[statement["claim"]]
+                style = "verdict-" + record["verdict"].replace(" ", "-")
+                verdict = nodes.reference(
+                    "",
+                    "",
+                    nodes.strong("", record["verdict"].capitalize(), classes=[style]),
+                    refuri=f"#verdict-{statement['claim']}",
+                    internal=True,
+                )
+                sentence = statement.deepcopy()
+                sentence += [nodes.Text(" "), verdict, nodes.Text(". " + record["evidence"])]
+                items.append(nodes.list_item("", sentence))
+        if items:
+            pending.replace_self(nodes.bullet_list("", *items, classes=["checked-claims"]))
+        else:
+            text = "No claim of the ledger is decided on this page yet."
+            pending.replace_self(nodes.paragraph("", text))
+
+
+def setup(app: Sphinx) -> dict:
+    app.add_directive("opening", OpeningDirective)
+    app.add_directive("checked-claims", CheckedClaimsDirective)
+    app.connect("doctree-resolved", resolve)
+    return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
