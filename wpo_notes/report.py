@@ -422,8 +422,8 @@ $memorisation
 <p class="soft">d₁ and d₂ are the distances to the nearest and second nearest training row, in standardised columns: many copies
 make the share large. Authenticity is the share of points farther from their nearest training row than that is from its own
 nearest: copies make it small. The copying score is Mann and Whitney's statistic between the distances of samples and of
-held-out rows, in standard deviations: about 0 ± 1 for new points of the same law, very negative for copies. A copy with enough
-noise passes all three; the held-out log-density does not forgive the noise.</p>
+held-out rows, in standard deviations: about 0 ± 1 for new points of the same law, very negative for copies. Copies with enough
+noise pass all three; what they are worth, the held-out log-density says.</p>
 $near
 </main>
 </body>
