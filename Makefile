@@ -59,6 +59,10 @@ unit: $(READY)  ## the unit tests alone, with the coverage of wpo_notes
 chapters: $(READY)  ## the chapters alone, through pytest --nbval
 	$(CHAPTERS)
 
+browser: $(READY)  ## the built site in headless Chromium, which is installed where that can be done
+	$(BIN)/python tests/browser/chromium.py
+	$(BIN)/python -m pytest -n 2 -rs tests/browser
+
 format: $(READY)  ## rewrite Python files and code cells in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -532,7 +532,7 @@ class ExpandedMixture(Distribution):
     def sample(
         self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "*shape d"]:
-        """Exact samples, (*sample_shape, *S, d), all independent."""
+        """Exact samples, ``(*sample_shape, *S, d)``, all independent."""
         return self.base.sample((*sample_shape, *self.batch_shape), generator=generator)
 
     @property
@@ -548,12 +548,12 @@ class ExpandedMixture(Distribution):
 
     @property
     def mean(self) -> Float[Tensor, "*batch d"]:
-        """Mean, (*S, d)."""
+        """Mean, ``(*S, d)``."""
         return self.base.mean.expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Float[Tensor, "*batch d"]:
-        """Variance of each coordinate, (*S, d)."""
+        """Variance of each coordinate, ``(*S, d)``."""
         return self.base.variance.expand(self.batch_shape + self.event_shape)
 
     def entropy(self) -> Tensor:
