@@ -34,6 +34,10 @@ RENDERED = """async () => {
   await document.fonts.ready;
 }"""
 
+# What is unfolded is laid out in the next frame.
+SETTLED = """() => new Promise(done =>
+  requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 100))))"""
+
 # Everything that a click would unfold.
 UNFOLD = """() => {
   document.querySelectorAll("details").forEach(details => { details.open = true; });
@@ -221,6 +225,7 @@ def test_page(name: str, width: int, theme: str, visit):
     page, problems = visit(f"{name}.html", width, theme)
     problems += page.evaluate(STICKS_OUT)
     page.evaluate(UNFOLD)
+    page.evaluate(SETTLED)
     problems += [f"stays folded: {inner}" for inner in page.evaluate(FOLDED)]
     problems += [f"unfolded, {problem}" for problem in page.evaluate(STICKS_OUT)]
     problems += page.evaluate(CUTS_OFF)
@@ -240,6 +245,7 @@ def test_page_in_print(name: str, visit):
     page, problems = visit(f"{name}.html", PAPER, "dark")
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.evaluate(SETTLED)
     if page.evaluate("document.documentElement.dataset.theme") != "light":
         problems.append("is printed in the dark theme")
     problems += [f"stays folded: {inner}" for inner in page.evaluate(FOLDED)]
@@ -293,6 +299,7 @@ def test_check_finds(check: str, body: str, contexts):
     )
     assert len(page.evaluate(check, {"exclude": []})) == 1
     page.evaluate(UNFOLD)
+    page.evaluate(SETTLED)
     assert page.evaluate(FOLDED) == []
     page.close()
 
