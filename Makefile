@@ -54,7 +54,7 @@ lint: $(READY)  ## ruff: lint and format, code cells of the chapters included; m
 	$(BIN)/mypy
 
 unit: $(READY)  ## the unit tests alone, with the coverage of wpo_notes
-	$(BIN)/python -m pytest -n 2 --doctest-modules tests wpo_notes --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 2 --doctest-modules --ignore=tests/browser tests wpo_notes --cov --cov-report=term-missing:skip-covered
 
 chapters: $(READY)  ## the chapters alone, through pytest --nbval
 	$(CHAPTERS)
