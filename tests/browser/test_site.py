@@ -61,7 +61,7 @@ STICKS_OUT = """() => {
     element.getBoundingClientRect().right > width + 1 && !inside(element));
   const names = found.map(element => element.outerHTML.slice(0, 80));
   const scrolled = document.documentElement.scrollWidth - width;
-  return scrolled > 0 ? [`scrolls ${scrolled} px sideways: ${names.slice(0, 3).join(" , ")}`] : [];
+  return scrolled > 1 ? [`scrolls ${scrolled} px sideways: ${names.slice(0, 3).join(" , ")}`] : [];
 }"""
 
 # Boxes of the text that hide what is wider than they are. (Glyphs overhang by a few pixels.)
@@ -81,7 +81,7 @@ BROKEN_IMAGES = """async () => {
 }"""
 
 # Tokens of one class on one ground look the same, and formulas are built alike: axe measures one token of
-# each kind, and reads the first ten formulas. It would take most of its time for the others. They keep their
+# each kind, and reads the first ten formulas and twenty entries of the reference. It would take most of its time for the others. They keep their
 # places; everything is measured before anything is changed, or each change would cost a new layout.
 THIN_OUT = """() => {
   const seen = new Set();
@@ -90,7 +90,7 @@ THIN_OUT = """() => {
     const kind = [token.className, color, backgroundColor].join();
     return token.firstElementChild === null && (seen.has(kind) || !seen.add(kind));
   });
-  document.querySelectorAll("dl.py > dd").forEach((entry, k) => { if (k > 20) entry.remove(); });
+  [...document.querySelectorAll("dl.py")].slice(20).forEach(entry => entry.remove());
   const formulas = [...document.querySelectorAll("mjx-math")].slice(10);
   const boxes = formulas.map(formula => formula.getBoundingClientRect());
   again.forEach(token => token.remove());
