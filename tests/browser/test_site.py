@@ -81,8 +81,8 @@ BROKEN_IMAGES = """async () => {
 }"""
 
 # Tokens of one class on one ground look the same, and formulas are built alike: axe measures one token of
-# each kind, and reads the first ten formulas and twenty entries of the reference. It would take most of its time for the others. They keep their
-# places; everything is measured before anything is changed, or each change would cost a new layout.
+# each kind, and reads the first ten formulas and twenty entries of the reference. It would take most of its
+# time for the others. Everything is measured before anything is changed, or each change would cost a layout.
 THIN_OUT = """() => {
   const seen = new Set();
   const again = [...document.querySelectorAll(".highlight span[class]")].filter(token => {
