@@ -46,7 +46,9 @@ class OpeningDirective(SphinxDirective):
                 links += [nodes.Text(", ")] * (number > 0)
                 links.append(self.link(name))
             box += nodes.paragraph("", "", *links, nodes.Text("."))
-        box += nodes.paragraph("", "", nodes.strong("", "Runs"), nodes.Text(" in "), PendingTime())
+        box += nodes.paragraph(
+            "", "", nodes.strong("", "Runs"), nodes.Text(" in "), PendingTime(page=self.env.docname)
+        )
         return [box]
 
     def link(self, name: str) -> nodes.Node:
@@ -71,7 +73,7 @@ class CheckedClaimsDirective(SphinxDirective):
         for claim, about in load_claims().items():
             inline, _ = self.state.inline_text(about["text"], self.lineno)
             statements += nodes.paragraph("", "", *inline, claim=claim)
-        return [PendingClaims("", *statements.children)]
+        return [PendingClaims("", *statements.children, page=self.env.docname)]
 
 
 def seconds(execution: ExecutionResult | None) -> str:
@@ -82,12 +84,12 @@ def seconds(execution: ExecutionResult | None) -> str:
 
 
 def resolve(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    execution = NbMetadataCollector.get_exec_data(app.env, docname)
+    # The nodes name their page: a PDF is resolved as one document.
     for pending in list(doctree.findall(PendingTime)):
+        execution = NbMetadataCollector.get_exec_data(app.env, pending["page"])
         pending.replace_self(nodes.Text(seconds(execution) + "."))
-    found = records(app.env).get(docname, {})
     for pending in list(doctree.findall(PendingClaims)):
-        items = []
+        found, items = records(app.env).get(pending["page"], {}), []
         for statement in pending.children:
             if statement["claim"] in found:
                 record = found[statement["claim"]]
