@@ -41,10 +41,12 @@ def collect(app: Sphinx, doctree: nodes.document) -> None:
 def rewrite(app: Sphinx, env: BuildEnvironment) -> None:
     macros = app.config.mathjax3_config["tex"]["macros"]
     for docname, path in offered(env).items():
-        before = path.stat()
+        before, notebook = path.stat(), nbformat.read(path, as_version=4)
+        # An environment that was kept names notebooks that an earlier build has rewritten.
+        if notebook.cells[0].get("id") == "setup":
+            continue
         references = {**roles(app, docname), "glue:text": glued(path.with_suffix(".glue.json"))}
-        notebook = portable(nbformat.read(path, as_version=4), macros, references)
-        nbformat.write(notebook, path)
+        nbformat.write(portable(notebook, macros, references), path)
         # The page depends on the file: with a new time it would be read again in the next build.
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     offered(env).clear()
