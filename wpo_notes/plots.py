@@ -1,6 +1,6 @@
 """Figures of the book: each function takes an `ax`, draws on it and returns it.
 
-Chapters: all. The only module that imports matplotlib.
+Chapters: all. It and `_figures` are the only modules that import matplotlib.
 """
 
 from __future__ import annotations

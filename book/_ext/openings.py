@@ -12,7 +12,6 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from myst_nb.core.execute import ExecutionResult
 from myst_nb.sphinx_ import NbMetadataCollector
-from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -41,28 +40,14 @@ class OpeningDirective(SphinxDirective):
         self.state.nested_parse(self.content, self.content_offset, box)
         needs = [name.strip() for name in self.options.get("needs", "").split(",") if name.strip()]
         if needs:
-            links: list[nodes.Node] = [nodes.strong("", "Needs"), nodes.Text(" ")]
-            for number, name in enumerate(needs):
-                links += [nodes.Text(", ")] * (number > 0)
-                links.append(self.link(name))
-            box += nodes.paragraph("", "", *links, nodes.Text("."))
+            text = ", ".join(f"{{doc}}`{name}`" for name in needs)
+            links, _ = self.state.inline_text(text, self.lineno)
+            box += nodes.paragraph("", "", nodes.strong("", "Needs"), nodes.Text(" "), *links)
+            box[-1] += nodes.Text(".")
         box += nodes.paragraph(
             "", "", nodes.strong("", "Runs"), nodes.Text(" in "), PendingTime(page=self.env.docname)
         )
         return [box]
-
-    def link(self, name: str) -> nodes.Node:
-        """What the role ``{doc}`` makes: resolved, or warned about, when all pages have been read."""
-        return addnodes.pending_xref(
-            "",
-            nodes.inline("", name),
-            refdomain="std",
-            reftype="doc",
-            reftarget=name,
-            refdoc=self.env.docname,
-            refexplicit=False,
-            refwarn=True,
-        )
 
 
 class CheckedClaimsDirective(SphinxDirective):
