@@ -9,16 +9,15 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from wpo_notes import _attention
-from wpo_notes._attention import Keys, Queries, Values, attend, mask
+from wpo_notes._attention import attend, mask
 
 F64 = torch.float64
 
 
-def problem(cells=2, points=5, keys=7, t=3, d=2, p=4, q=3, dtype=F64, scale=1.0):
+def problem(cells=2, points=5, keys=7, k=5, v=7, dtype=F64, scale=1.0):
     """Inputs of `attend` that need gradients."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(cells, points, t), (cells, points, d), (keys, t), (cells, keys, d), (cells, keys)]
-    shapes += [(keys, p), (cells, keys, q)]
+    shapes = [(cells, points, k), (cells, keys, k), (cells, keys), (cells, keys, v)]
     return [
         (scale * torch.randn(shape, generator=generator, dtype=dtype)).requires_grad_()
         for shape in shapes
@@ -32,7 +31,7 @@ def excluded(cells=2, points=5, keys=7):
 
 def attention(exclude=None):
     def function(*inputs):
-        return attend(Queries(*inputs[:2]), Keys(*inputs[2:5]), Values(*inputs[5:]), exclude)
+        return attend(*inputs, exclude)
 
     return function
 
@@ -40,12 +39,12 @@ def attention(exclude=None):
 def plain(exclude=None):
     """The same by PyTorch's softmax and autograd."""
 
-    def function(quadratic, linear, key_quadratic, key_linear, bias, shared, local):
-        scores = quadratic @ key_quadratic.mT + linear @ key_linear.mT + bias[:, None]
+    def function(queries, keys, bias, values):
+        scores = queries @ keys.mT + bias[:, None]
         if exclude is not None:
             scores = scores + mask(exclude, bias)
         weights = scores.softmax(-1)
-        return scores.logsumexp(-1), weights @ shared, weights @ local
+        return scores.logsumexp(-1), weights @ values
 
     return function
 
@@ -60,7 +59,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("exclude", [None, excluded()])
-@pytest.mark.parametrize("sizes", [{}, {"p": 0, "q": 0}, {"p": 0, "q": 2}, {"t": 9, "p": 1}])
+@pytest.mark.parametrize("sizes", [{}, {"v": 0}, {"v": 2}, {"k": 11, "v": 4}])
 def test_values_and_gradients(way, exclude, sizes):
     inputs = problem(**sizes)
     values, expected = attention(exclude)(*inputs), plain(exclude)(*inputs)
@@ -89,16 +88,16 @@ def test_function_transforms(way):
     torch.testing.assert_close(ours, theirs)
 
     def total(function):
-        return lambda linear: function(inputs[0], linear, *inputs[2:])[0].sum()
+        return lambda queries: function(queries, *inputs[1:])[0].sum()
 
     torch.testing.assert_close(
-        torch.func.hessian(total(attention()))(inputs[1]),
-        torch.func.hessian(total(plain()))(inputs[1]),
+        torch.func.hessian(total(attention()))(inputs[0]),
+        torch.func.hessian(total(plain()))(inputs[0]),
     )
 
 
 def test_both_ways_are_used():
-    big, small = problem(t=300), problem()
+    big, small = problem(k=300), problem()
     for inputs, fused in ((big, False), (small, True), (problem(cells=1, points=1), False)):
         assert _attention._Problem(*inputs, None).fused is fused
 
@@ -114,21 +113,21 @@ def test_a_release_without_the_fused_operators_does_without(monkeypatch):
 def test_far_scores_leave_no_trace(way):
     # exp(-1000) is zero in float64, and must not come back as a clamped weight times a large value
     inputs = [part.detach() for part in problem(cells=1)]
-    inputs[4] = torch.full_like(inputs[4], -1000.0)
-    inputs[4][0, 0] = 0.0
-    inputs[5][1:] = 1e30
-    _, shared, _ = attention()(*inputs)
-    torch.testing.assert_close(shared, inputs[5][:1].expand_as(shared))
+    inputs[2] = torch.full_like(inputs[2], -1000.0)
+    inputs[2][0, 0] = 0.0
+    inputs[3][0, 1:] = 1e30
+    _, mean = attention()(*inputs)
+    torch.testing.assert_close(mean, inputs[3][:, :1].expand_as(mean))
 
 
-@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("position", range(3))
 def test_nan_is_passed_on(way, position):
     inputs = [part.detach() for part in problem()]
     inputs[position].flatten()[0] = math.nan
-    if position in (2, 3):  # as in a mixture, where the bias has the same parameters
-        inputs[4].flatten()[0] = math.nan
-    log_total, shared, local = attention()(*inputs)
-    for part in (log_total[0, 0], shared[0, 0], local[0, 0]):
+    if position == 1:  # as in a mixture, where the bias has the same parameters
+        inputs[2].flatten()[0] = math.nan
+    log_total, mean = attention()(*inputs)
+    for part in (log_total[0, 0], mean[0, 0]):
         assert bool(part.isnan().all())
 
 

@@ -163,6 +163,7 @@ def test_the_base_needs_no_package_of_the_book_and_extras_name_the_rest(about):
         "experiments": {"pot", "torchdiffeq"},
         "parquet": {"pyarrow"},
         "diffusers": {"diffusers"},
+        "fast": {"numba"},
     }
     assert required["all"]["wpo-notes"].extras == required.keys() - {None, "all"}
 

@@ -1,9 +1,8 @@
 r"""Softmax attention with its log-sum-exp, as eq. (34) needs it: forward and backward, by blocks.
 
 The scores of a query, a point lifted by eq. (32), are linear in it, and the log-sum-exp of the scores is the
-log-density. Keys and values have a part that is the same in all cells (the precisions) and a part that
-depends on a cell's origin. Neither pass keeps anything of shape (points, centres): the backward pass
-recomputes the weights from the log-sum-exp.
+log-density. Neither pass keeps anything of shape (points, centres): the backward pass recomputes the weights
+from the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Keys", "Queries", "Values", "attend", "fits_fused", "mask"]
+__all__ = ["attend", "mask"]
 
 # A row's scores are clamped this far below its maximum: exp of anything smaller comes near the
 # denormals, on which matrix products are ten times slower, and weighs nothing (1e-34 in float32).
@@ -35,49 +34,23 @@ _FUSED, _FUSED_BACKWARD = (
 )
 
 
-class Queries(NamedTuple):
-    """Lifted points of each of C cells, T(x) of eq. (32) in its two parts."""
-
-    quadratic: Tensor  # (C, M, t)
-    linear: Tensor  # (C, M, d)
-
-
-class Keys(NamedTuple):
-    """A and b of eq. (33) about each cell's origin."""
-
-    quadratic: Tensor  # (N, t), the same in all cells
-    linear: Tensor  # (C, N, d)
-    bias: Tensor  # (C, N)
-
-
-class Values(NamedTuple):
-    """What the softmax averages."""
-
-    shared: Tensor  # (N, p), the same in all cells
-    local: Tensor  # (C, N, q)
-
-
 def attend(
-    queries: Queries, keys: Keys, values: Values, exclude: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of the scores (C, M) and softmax averages of the values, (C, M, p) and (C, M, q).
+    queries: Tensor, keys: Tensor, bias: Tensor, values: Tensor, exclude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the scores (C, M) and softmax averages of the values (C, M, v), in each of C cells.
 
-    Where `exclude` (C, M) is not -1, that key is left out for that query. Differentiable twice, in forward
-    and reverse mode, in all but `exclude`.
+    The scores of the queries (C, M, k) are their products with the keys (C, N, k) plus the bias (C, N); the
+    values are (C, N, v). Where `exclude` (C, M) is not -1, that key is left out for that query. Differentiable
+    twice, in forward and reverse mode, in all but `exclude`.
     """
-    return _Attention.apply(*queries, *keys, *values, exclude)
-
-
-def fits_fused(length: int) -> bool:
-    """Whether fused attention is the faster for lifted points of this length; it copies the keys for each cell."""
-    return length < _LONGEST_FUSED
+    return _Attention.apply(queries, keys, bias, values, exclude)
 
 
 class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         problem = _Problem(*inputs)
         return _fused(problem) if problem.fused else _by_products(problem)
 
@@ -89,7 +62,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: recomputation allows no second look
-        problem, output = _Problem(*saved[:8]), saved[8:]
+        problem, output = _Problem(*saved[:5]), saved[5:]
         # With gradients enabled, somebody differentiates this pass too.
         if problem.fused and not torch.is_grad_enabled():
             return *_fused_backward(problem, output, gradients), None
@@ -98,44 +71,33 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors  # once: recomputation allows no second look
-        problem, output = _Problem(*saved[:8]), saved[8:]
-        return _jvp(problem, output, _Problem._make((*tangents[:7], None)))
+        problem, output = _Problem(*saved[:5]), saved[5:]
+        return _jvp(problem, output, _Problem._make((*tangents[:4], None)))
 
 
 class _Problem(NamedTuple):
-    quadratic: Tensor
-    linear: Tensor
-    key_quadratic: Tensor
-    key_linear: Tensor
+    queries: Tensor
+    keys: Tensor
     bias: Tensor
-    value_shared: Tensor
-    value_local: Tensor
+    values: Tensor
     exclude: Tensor | None
 
     @property
     def fused(self) -> bool:
-        cells, points, length = self.quadratic.shape
+        cells, points, length = self.queries.shape
         # A single point is what vmap sees, for which the fused operation has no rule.
         return (
             _FUSED is not None
-            and self.quadratic.device.type == "cpu"
-            and fits_fused(length + self.linear.shape[2])
+            and self.queries.device.type == "cpu"
+            and length < _LONGEST_FUSED
             and cells * points > 1
         )
 
     def rows(self, cell: int, rows: slice) -> _Problem:
         """Restrict to some points of one cell."""
         exclude = None if self.exclude is None else self.exclude[cell, rows]
-        return _Problem(
-            self.quadratic[cell, rows],
-            self.linear[cell, rows],
-            self.key_quadratic,
-            self.key_linear[cell],
-            self.bias[cell],
-            self.value_shared,
-            self.value_local[cell],
-            exclude,
-        )
+        keys, bias, values = self.keys[cell], self.bias[cell], self.values[cell]
+        return _Problem(self.queries[cell, rows], keys, bias, values, exclude)
 
     def blocks(self) -> list[tuple[int, slice]]:
         """Blocks of rows whose scores stay in cache, one cell at a time."""
@@ -143,16 +105,13 @@ class _Problem(NamedTuple):
 
     def slices(self, cells: int = 1) -> list[slice]:
         """Rows of the points, so many that their scores in some cells make a block."""
-        points, size = (
-            self.quadratic.shape[1],
-            max(1, _BLOCK_ELEMENTS // self.bias.shape[1] // cells),
-        )
+        points, size = self.queries.shape[1], _BLOCK_ELEMENTS // self.bias.shape[1] // cells
+        size = max(1, size)
         return [slice(start, start + size) for start in range(0, max(points, 1), size)]
 
     def scores(self) -> Tensor:
         """Scores of a block, (m, N); -inf where a key is excluded."""
-        scores = torch.addmm(self.bias, self.linear, self.key_linear.mT)
-        scores = torch.addmm(scores, self.quadratic, self.key_quadratic.mT)
+        scores = torch.addmm(self.bias, self.queries, self.keys.mT)
         return scores if self.exclude is None else scores + mask(self.exclude, scores)
 
     def weights(self, log_total: Tensor) -> Tensor:
@@ -172,7 +131,7 @@ def mask(exclude: Tensor, like: Tensor) -> Tensor:
 # ---- two matrix products, the scores of one block of points in between --------------------------------
 
 
-def _by_products(problem: _Problem) -> tuple[Tensor, ...]:
+def _by_products(problem: _Problem) -> tuple[Tensor, Tensor]:
     blocks = []
     for cell, rows in problem.blocks():
         block = problem.rows(cell, rows)
@@ -183,45 +142,36 @@ def _by_products(problem: _Problem) -> tuple[Tensor, ...]:
             terms = terms * (scores > -math.inf)  # the clamp had lifted them from zero
         total = terms.sum(1, keepdim=True)
         log_total = (top + total.log())[:, 0]
-        blocks.append(
-            (log_total, terms @ block.value_shared / total, terms @ block.value_local / total)
-        )
-    return _stacked(blocks, len(problem.bias))
+        blocks.append((log_total, terms @ block.values / total))
+    log_total, mean = _stacked(blocks, len(problem.bias))
+    return log_total, mean
 
 
 def _backward_by_products(
     problem: _Problem, output: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    log_total, shared, local = output
-    to_log_total, to_shared, to_local = gradients
+    log_total, mean = output
+    to_log_total, to_mean = gradients
     # d log_total = w . d scores, and d mean = w . ((value - mean) d scores + d value), for the weights w
-    shift = to_log_total - (to_shared * shared).sum(-1) - (to_local * local).sum(-1)
+    shift = to_log_total - (to_mean * mean).sum(-1)
     of_points, of_cells = [], []
-    key_quadratic, value_shared = (
-        torch.zeros_like(part) for part in (problem.key_quadratic, problem.value_shared)
-    )
     for cell in range(len(problem.bias)):
-        key_linear, bias, value_local = (
-            torch.zeros_like(part[cell])
-            for part in (problem.key_linear, problem.bias, problem.value_local)
+        keys, bias, values = (
+            torch.zeros_like(part[cell]) for part in (problem.keys, problem.bias, problem.values)
         )
         for rows in problem.slices():
             block = problem.rows(cell, rows)
             weights = block.weights(log_total[cell, rows])
-            by_shared, by_local = to_shared[cell, rows], to_local[cell, rows]
-            pulled = torch.addmm(shift[cell, rows, None], by_shared, block.value_shared.mT)
-            to_scores = weights * torch.addmm(pulled, by_local, block.value_local.mT)
-            of_points.append((to_scores @ block.key_quadratic, to_scores @ block.key_linear))
+            to_block = to_mean[cell, rows]
+            to_scores = weights * torch.addmm(shift[cell, rows, None], to_block, block.values.mT)
+            of_points.append((to_scores @ block.keys,))
             # products in this order, (k, m) (m, N), are twice as fast as the transposed ones
-            key_quadratic = key_quadratic + (block.quadratic.mT @ to_scores).mT
-            key_linear = key_linear + (block.linear.mT @ to_scores).mT
+            keys = keys + (block.queries.mT @ to_scores).mT
             bias = bias + to_scores.sum(0)
-            value_shared = value_shared + (by_shared.mT @ weights).mT
-            value_local = value_local + (by_local.mT @ weights).mT
-        of_cells.append((key_linear, bias, value_local))
-    quadratic, linear = _stacked(of_points, len(problem.bias))
-    key_linear, bias, value_local = (torch.stack(part) for part in zip(*of_cells, strict=True))
-    return [quadratic, linear, key_quadratic, key_linear, bias, value_shared, value_local]
+            values = values + (to_block.mT @ weights).mT
+        of_cells.append((keys, bias, values))
+    of_keys = (torch.stack(part) for part in zip(*of_cells, strict=True))
+    return [*_stacked(of_points, len(problem.bias)), *of_keys]
 
 
 def _jvp(problem: _Problem, output: tuple[Tensor, ...], tangent: _Problem) -> tuple[Tensor, ...]:
@@ -229,22 +179,11 @@ def _jvp(problem: _Problem, output: tuple[Tensor, ...], tangent: _Problem) -> tu
     for cell, rows in problem.blocks():
         block, moved = problem.rows(cell, rows), tangent.rows(cell, rows)
         weights = block.weights(output[0][cell, rows])
-        scores = (
-            moved.linear @ block.key_linear.mT
-            + block.linear @ moved.key_linear.mT
-            + moved.quadratic @ block.key_quadratic.mT
-            + block.quadratic @ moved.key_quadratic.mT
-            + moved.bias
-        )
+        scores = moved.queries @ block.keys.mT + block.queries @ moved.keys.mT + moved.bias
         log_total = (weights * scores).sum(1, keepdim=True)
         weights_moved = weights * (scores - log_total)
-        blocks.append(
-            (
-                log_total[:, 0],
-                weights_moved @ block.value_shared + weights @ moved.value_shared,
-                weights_moved @ block.value_local + weights @ moved.value_local,
-            )
-        )
+        mean = weights_moved @ block.values + weights @ moved.values
+        blocks.append((log_total[:, 0], mean))
     return _stacked(blocks, len(problem.bias))
 
 
@@ -256,7 +195,7 @@ def _stacked(blocks: Sequence[tuple[Tensor, ...]], cells: int) -> tuple[Tensor, 
 # ---- PyTorch's fused attention for CPUs ---------------------------------------------------------------
 
 
-def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _fused(problem: _Problem) -> tuple[Tensor, Tensor]:
     query, key, value = _joined(problem)
     blocks = []
     for rows in _fused_slices(problem):
@@ -264,25 +203,24 @@ def _fused(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
             query[:, :, rows], key, value, attn_mask=_fused_mask(problem, rows), scale=1.0
         )
         blocks.append((log_total[:, 0], mean[:, 0]))
-    log_total, mean = (torch.cat(part, 1) for part in zip(*blocks, strict=True))
+    log_total, mean = _columns(blocks)
     # The operation turns NaN into zero: put it back.
-    nan = 0 * (problem.bias.amax(1, keepdim=True) + query[:, 0].sum(-1))
-    mean = mean + nan[..., None]
-    p, q = problem.value_shared.shape[1], problem.value_local.shape[2]
-    return log_total + nan, mean[..., :p].clone(), mean[..., p : p + q].clone()
+    nan = 0 * (problem.bias.amax(1, keepdim=True) + problem.queries.sum(-1))
+    mean = mean[..., : problem.values.shape[2]] + nan[..., None]
+    return log_total + nan, mean
 
 
 def _fused_backward(
     problem: _Problem, output: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    log_total, shared, local = output
+    log_total, mean = output
     query, key, value = _joined(problem)
     # The operation knows no gradient of the log-sum-exp. In the column in which all values are one that gradient
     # has the same effect, if the column's average, which would be one, is given as zero.
     none = torch.zeros_like(log_total)
-    mean = _padded([shared, local, none[..., None]], query.shape[-1])
-    to_mean = _padded([*gradients[1:], gradients[0][..., None]], query.shape[-1])
-    of_queries = []
+    mean = _padded([mean, none[..., None]], query.shape[-1])
+    to_mean = _padded([gradients[1], gradients[0][..., None]], query.shape[-1])
+    blocks = []
     of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
     for rows in _fused_slices(problem):
         of_query, part_key, part_value = _FUSED_BACKWARD(
@@ -297,22 +235,12 @@ def _fused_backward(
             attn_mask=_fused_mask(problem, rows),
             scale=1.0,
         )
-        of_queries.append(of_query)
+        blocks.append((of_query[:, 0],))
         of_key += part_key
         of_value += part_value
-    t, d = problem.quadratic.shape[2], problem.linear.shape[2]
-    p, q = problem.value_shared.shape[1], problem.value_local.shape[2]
-    of_query = torch.cat(of_queries, 2)[:, 0]
-    of_key, of_value = of_key[:, 0], of_value[:, 0]
-    return [
-        of_query[..., :t],
-        of_query[..., t : t + d],
-        of_key[..., :t].sum(0),
-        of_key[..., t : t + d],
-        of_key[..., t + d],
-        of_value[..., :p].sum(0),
-        of_value[..., p : p + q],
-    ]
+    (of_query,) = _columns(blocks)
+    k, v = problem.keys.shape[2], problem.values.shape[2]
+    return [of_query[..., :k], of_key[:, 0, :, :k], of_key[:, 0, :, k], of_value[:, 0, :, :v]]
 
 
 def _fused_slices(problem: _Problem) -> list[slice]:
@@ -326,18 +254,18 @@ def _fused_mask(problem: _Problem, rows: slice) -> Tensor | None:
 
 def _joined(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one length, (C, 1, M or N, k); a query's 1 meets the bias."""
-    cells, _, t = problem.quadratic.shape
-    d, p, q = problem.linear.shape[2], problem.value_shared.shape[1], problem.value_local.shape[2]
-    length = max(t + d, p + q) + 1
+    length = max(problem.keys.shape[2], problem.values.shape[2]) + 1
     one = problem.bias.new_ones(1, 1, 1)
-    query = [problem.quadratic, problem.linear, one.expand(cells, problem.quadratic.shape[1], 1)]
-    key = [problem.key_quadratic.expand(cells, -1, -1), problem.key_linear, problem.bias[..., None]]
-    value = [
-        problem.value_shared.expand(cells, -1, -1),
-        problem.value_local,
-        one.expand(*problem.bias.shape, 1),
-    ]
-    return _padded(query, length), _padded(key, length), _padded(value, length)
+    return (
+        _padded([problem.queries, one.expand(*problem.queries.shape[:2], 1)], length),
+        _padded([problem.keys, problem.bias[..., None]], length),
+        _padded([problem.values, one.expand(*problem.bias.shape, 1)], length),
+    )
+
+
+def _columns(blocks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Join blocks of rows of all cells."""
+    return tuple(torch.cat(part, 1) for part in zip(*blocks, strict=True))
 
 
 def _padded(parts: list[Tensor], length: int) -> Tensor:

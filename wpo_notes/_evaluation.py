@@ -11,19 +11,27 @@ the origin (the roundings of the d squares have random signs). The points are th
 each lifted about an origin of its own, until that bound is small; those for which cells would become too
 small are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is :math:`\varepsilon\,\kappa(\Gamma)`, for
 kernels much longer than wide: in float32, prefer float64 where the ratio of axes exceeds a few hundred.
+
+Kernels that narrow reach few cells: centres that cannot contribute to any point of a cell are left out there
+(`_contributing` proves the bound).
+
+In float32 on a CPU and few dimensions ``wpo_notes._compiled`` takes differences instead, if Numba is installed.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from wpo_notes._attention import Keys, Queries, Values, attend, fits_fused, mask
+from wpo_notes._attention import attend, mask
 
 __all__ = ["Parameters", "evaluate", "exponents", "merged"]
 
@@ -31,10 +39,18 @@ __all__ = ["Parameters", "evaluate", "exponents", "merged"]
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Cells are halved down to this many points: each lifts all centres anew.
 _SMALLEST_CELL = 128
+# Share of the density at a point up to which centres may be left out, all together.
+_TRUNCATION = {torch.float32: 1e-12, torch.float64: 1e-24}
+# Cells reach about so many times as far as the median kernel, if the points extend so many times further still.
+_REACH, _EXTENT = 3, 8
+# Cells are evaluated one by one where no more than this share of the centres remains.
+_WORTH_TRUNCATING = 0.5
 # This many numbers of the centres' side, keys and values, are made at a time if there are many cells.
 _KEY_ELEMENTS = 2**21
 # Centres are taken in shards whose sides have about this many numbers, so that memory does not grow with them.
 _SIDE_ELEMENTS = 2**24
+# Compiled differences, where they serve, are the fastest in up to so many dimensions.
+_LARGEST_COMPILED = 8
 # This many differences (points times centres) are computed at a time.
 _BLOCK_ELEMENTS = 2**20
 
@@ -103,16 +119,75 @@ def _evaluate_shard(
     laplacian: bool,
     exclude: Tensor | None,
 ) -> list[Tensor]:
+    compiled = _compiled() if _compilable(parameters, points) else None
+    if compiled is None or _too_long(parameters.precision_tril, compiled):
+        return _by_cells(parameters, points, score, laplacian, exclude)
+
+    def otherwise(points: Tensor, centers: Tensor, tril: Tensor, log_scale: Tensor) -> list[Tensor]:
+        unweighted = Parameters(centers, tril, torch.zeros_like(log_scale))
+        again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())
+        return _by_cells(again, points, True, True, exclude)
+
+    averages = score or laplacian
+    arguments = (points, *parameters[:2], parameters.log_scale(), exclude, averages, otherwise)
+    log_prob, *means = compiled.evaluate_by_differences(*arguments)
+    return [
+        log_prob,
+        *(mean for mean, wanted in zip(means, (score, laplacian), strict=True) if wanted),
+    ]
+
+
+def _compilable(parameters: Parameters, points: Tensor) -> bool:
+    """Whether these are plain float32 tensors in memory, of few dimensions, outside of function transforms."""
+    parts = (points, *parameters)
+    return (
+        points.shape[1] <= _LARGEST_COMPILED
+        and all(type(part) in (Tensor, torch.nn.Parameter) for part in parts)
+        and all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _too_long(tril: Tensor, compiled: Any) -> bool:
+    """Whether kernels are so much longer than wide that float32 rounds exponents by more than is allowed.
+
+    The entries of L' y are rounded by up to the unit roundoff times |L| |y|, where |y| is some multiple of |L^-1|
+    wherever the kernel weighs anything.
+    """
+    norms = tril.detach().square().sum((1, 2)) * compiled.square_norms_of_inverses(tril)
+    rounding = torch.finfo(tril.dtype).eps * math.sqrt(float(norms.max()))
+    return rounding > _ROUNDING[tril.dtype]
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The compiled evaluation; None without Numba, or where it can keep nothing on disk."""
+    try:
+        return importlib.import_module("wpo_notes._compiled")
+    except (ModuleNotFoundError, RuntimeError):
+        return None
+
+
+def _by_cells(
+    parameters: Parameters,
+    points: Tensor,
+    score: bool,
+    laplacian: bool,
+    exclude: Tensor | None,
+) -> list[Tensor]:
     sides = _Sides(parameters, score, laplacian)
     indices, results = [], []
     for cells in _cells(points, sides):
         side = sides[cells.dtype, cells.lifted]
-        parts = cells.chunks(side.chunk)
+        # Where the caller leaves a centre out, the bound of those that contribute does not hold.
+        parts = side.parts(cells, points if exclude is None else None)
         # Autograd would keep the centres' side of all cells: recompute it when there are many.
-        recompute = torch.is_grad_enabled() and len(parts) > 1
-        for part in parts:
+        recompute = torch.is_grad_enabled() and len(cells.index) > side.chunk
+        for part, kept in parts:
             excluded = None if exclude is None else exclude[part.index]
-            arguments = (points[part.index].to(part.dtype), part.origin, excluded)
+            arguments = (points[part.index].to(part.dtype), part.origin, excluded, kept)
             indices.append(part.index)
             results.append(
                 checkpoint(side, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -173,22 +248,32 @@ def _cells(points: Tensor, sides: _Sides) -> list[_Cells]:
     Each precision in turn takes the cells that are small enough for it, and the next one the rest; what
     remains is for differences.
     """
-    rest = torch.arange(len(points), device=points.device)
+    rest = torch.arange(len(points), device=points.device)[None]
     points = points.detach()
     if len(points) <= 1:
         # The sum is the point itself, or zero if there is none (and it works inside vmap).
-        return [_Cells(rest[None], points.sum(0, keepdim=True).double(), torch.float64, True)]
-    found, norm = [], None
+        return [_Cells(rest, points.sum(0, keepdim=True).double(), torch.float64, True)]
+    found, norm, reach = [], None, math.inf
     for dtype in _products(points.dtype):
         if _too_coarse(points, dtype, sides):
             continue
         if norm is None:
-            norm = sides[dtype, True].norm()
-        groups, rest = _small_cells(points, rest, _radius(points, dtype, norm))
+            norm, reach = sides[dtype, True].norm(), _worthwhile_reach(points, sides[dtype, True])
+        groups, rest = _small_cells(points, rest, _radius(points, dtype, norm), reach)
         found += [_Cells(index, origin, dtype, True) for index, origin in groups]
         if not len(rest):
             return found
+    rest = rest.unique()
     return [*found, _Cells(rest[None], points[rest[:1]], torch.float64, False)]
+
+
+def _worthwhile_reach(points: Tensor, side: _Lifted) -> float:
+    """Reach of cells that few centres contribute to; infinite where all points are about as close to each other."""
+    if len(points) <= _SMALLEST_CELL:
+        return math.inf
+    reach = _REACH * float(side.least_eigenvalue.median()) ** -0.5
+    extent = float((points.amax(0) - points.amin(0)).max())
+    return reach if extent > _EXTENT * reach else math.inf
 
 
 def _too_coarse(points: Tensor, dtype: torch.dtype, sides: _Sides) -> bool:
@@ -196,7 +281,8 @@ def _too_coarse(points: Tensor, dtype: torch.dtype, sides: _Sides) -> bool:
     if dtype == torch.float64 or len(points) > _SMALLEST_CELL:
         return False
     radius = _radius(points, dtype, sides.mean_eigenvalue())
-    found, _ = _small_cells(points, torch.arange(len(points), device=points.device), radius)
+    everything = torch.arange(len(points), device=points.device)[None]
+    found, _ = _small_cells(points, everything, radius, math.inf)
     return not found
 
 
@@ -214,29 +300,29 @@ def _products(dtype: torch.dtype) -> list[torch.dtype]:
 
 @torch.no_grad()
 def _small_cells(
-    points: Tensor, rest: Tensor, radius: float
+    points: Tensor, index: Tensor, radius: float, reach: float
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Halve cells, each across its longest side, until they reach no further than a radius.
+    """Halve cells (C, m), each across its longest side, until they reach no further than a radius.
 
-    Returns groups of cells of equal size, the points' indices (C, m) and the origins (C, d), and the indices of
-    the points whose cells would be too small.
+    They are halved on until they reach no further than `reach` as long as they have points enough. Returns
+    groups of cells of equal size, the points' indices (C, m) and the origins (C, d), and the cells that have
+    too few points to be halved and still reach further than the radius.
     """
-    found, index = [], rest[None]
+    found = []
     while True:
         local = points[index]
         low, high = local.aminmax(dim=1)
         extent = high - low
         origin = low + 0.5 * extent
-        reach = torch.linalg.vector_norm(local - origin[:, None], dim=2).amax(1)
-        small = ~(reach > radius)  # and so NaN, which no cell is small enough for, is not split
+        distance = torch.linalg.vector_norm(local - origin[:, None], dim=2).amax(1)
+        count = index.shape[1]
+        # so that NaN, which no cell is small enough for, is not split
+        small = ~(distance > (min(radius, reach) if count > _SMALLEST_CELL else radius))
         if bool(small.any()):
             found.append((index[small], origin[small]))
-        if bool(small.all()):
-            return found, rest[:0]
         index, local, extent = index[~small], local[~small], extent[~small]
-        count = index.shape[1]
-        if count <= _SMALLEST_CELL:
-            return found, index.unique()
+        if not len(index) or count <= _SMALLEST_CELL:
+            return found, index
         along = local.gather(2, extent.argmax(1)[:, None, None].expand(-1, count, 1))[..., 0]
         index = index.gather(1, along.argsort(1))
         if count % 2:  # equal halves: the last point is in its cell twice
@@ -268,84 +354,162 @@ class _Sides(dict[tuple[torch.dtype, bool], Any]):
 
 
 class _Lifted:
-    """Centres' side of the lifted form: an attention layer's keys and values (Section 6.2)."""
+    """Centres' side of the lifted form: what makes an attention layer's keys and values (Section 6.2)."""
 
     def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
         self.score, self.laplacian = score, laplacian
-        self.centers = parameters.centers
+        self.centers, self.tril = parameters.centers, parameters.precision_tril
         self.precision = parameters.precision()
         self.log_scale = parameters.log_scale()
-        self.key = -0.5 * _packed(self.precision)
-        self.value = self.key if score else self.key[:, :0]
+        self.quadratic = -0.5 * _packed(self.precision)
+        length = self.quadratic.shape[1] * (1 + score + laplacian)
         if laplacian:
-            self.square = self.precision @ self.precision
+            self.square = _packed(self.precision @ self.precision)
             self.trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
-            self.value = torch.cat([self.value, _packed(self.square)], 1)
-        (n, d), pairs = self.centers.shape, self.key.shape[1]
-        shared = pairs + self.value.shape[1] if fits_fused(pairs + d) else 0  # copied for each cell
-        self.chunk = max(1, _KEY_ELEMENTS // (n * (4 * d + shared)))
+        n, d = self.centers.shape
+        self.length = length + 4 * d  # of a centre's keys and values together
+        self.chunk = max(1, _KEY_ELEMENTS // (n * self.length))
 
     @torch.no_grad()
     def norm(self) -> float:
         """Bound on the largest eigenvalue of all precisions: the root of the largest norm of their squares."""
-        square = self.square if self.laplacian else self.precision @ self.precision
+        square = self.precision @ self.precision
         return math.sqrt(float(square.abs().sum(-1).max()))
 
-    def keys(self, origin: Tensor) -> tuple[Keys, Tensor, Tensor]:
-        """A and b about the origins (C, d), eq. (33); centres (C, N, d) and Gamma Z there."""
+    @functools.cached_property
+    def least_eigenvalue(self) -> Tensor:
+        """Lower bound on each precision's least eigenvalue, (N,)."""
+        identity = torch.eye(self.tril.shape[1], dtype=self.tril.dtype, device=self.tril.device)
+        inverse = torch.linalg.solve_triangular(self.tril.detach(), identity, upper=False)
+        return 1 / inverse.square().sum((1, 2))
+
+    def parts(self, cells: _Cells, points: Tensor | None) -> Iterator[tuple[_Cells, Tensor | None]]:
+        """Cells to evaluate together, and which centres contribute there, (C, K): all if None, and if points is.
+
+        The lists of centres are filled up with -1.
+        """
+        if points is None or len(cells.index) == 1:
+            yield from ((part, None) for part in cells.chunks(self.chunk))
+            return
+        for group in cells.chunks(max(1, _KEY_ELEMENTS // len(self.centers))):
+            local = points[group.index].to(group.dtype)
+            contributing = self._contributing(local, group.origin.to(group.dtype))
+            count = contributing.sum(1)
+            if int(count.sum()) > _WORTH_TRUNCATING * contributing.numel():
+                yield from ((part, None) for part in group.chunks(self.chunk))
+                continue
+            order = count.argsort()  # cells with lists of about equal lengths together
+            size = max(1, _KEY_ELEMENTS // (int(count.max()) * self.length))
+            for some in order.split(size):
+                part = _Cells(group.index[some], group.origin[some], group.dtype, True)
+                yield part, _listed(contributing[some])
+
+    @torch.no_grad()
+    def _contributing(self, points: Tensor, origin: Tensor) -> Tensor:
+        r"""Which centres to keep in each cell, (C, N), for its points (C, m, d) within r of its origin o.
+
+        In a cell, let l be the least exponent of the centre next to o, over the points. At each point the
+        density is then at least :math:`e^l`. A centre's exponent is :math:`b_i - |L_i^T(x - Z_i)|^2 / 2`, with
+        :math:`b_i` the log of weight times normalisation, and :math:`|L_i^T v| \ge |v| / \|L_i^{-1}\|_F`; so by the
+        triangle inequality it is at most :math:`u_i = b_i - (|o - Z_i| - r)_+^2 / 2\|L_i^{-1}\|_F^2`. Those with
+        :math:`u_i < l + \log(\epsilon / N)` are, all together, less than the share :math:`\epsilon` of the density.
+        """
+        reach = torch.linalg.vector_norm(points - origin[:, None], dim=2).amax(1, keepdim=True)
+        distance = torch.cdist(origin, self.centers, compute_mode="donot_use_mm_for_euclid_dist")
+        most = (
+            self.log_scale - 0.5 * (distance - reach).clamp(min=0).square() * self.least_eigenvalue
+        )
+        near = distance.argmin(1)
+        pulled = (points - self.centers[near][:, None]) @ self.tril[near]
+        least = (self.log_scale[near] - 0.5 * pulled.square().sum(2).amax(1))[:, None]
+        share = _TRUNCATION[self.centers.dtype] / len(self.centers)
+        return ~(most < least + math.log(share))  # NaN contributes
+
+    def _only(self, kept: Tensor) -> _Lifted:
+        """The side of some centres in each cell, (C, K, ...), where the index is not -1."""
+        side = copy.copy(self)
+        index = kept.clamp(min=0)
+        used = ["centers", "precision", "log_scale", "quadratic"]
+        for name in used + ["square", "trace"] * self.laplacian:
+            part = getattr(self, name).index_select(0, index.flatten())
+            setattr(side, name, part.unflatten(0, index.shape))
+        # far below all others, and finite: times zero it would be NaN
+        side.log_scale = side.log_scale.where(kept >= 0, -1e30)
+        return side
+
+    def _keys(self, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A and b about the origins (C, d), eq. (33), and Gamma Z there: (C, N, k), (C, N), (C, N, d)."""
         centers = self.centers - origin[:, None]
-        # one matrix product a centre for all cells
-        pulled = (self.precision @ centers.permute(1, 2, 0)).permute(2, 0, 1)
+        pulled = _applied(self.precision, centers)
         bias = self.log_scale - 0.5 * (pulled * centers).sum(-1)
-        return Keys(self.key, pulled, bias), pulled, centers
+        return _joined(self.quadratic, pulled), bias, pulled
 
     def exponents(self, points: Tensor, origin: Tensor) -> Tensor:
         """Log of weight times Gaussian for the points of one cell, (m, N)."""
-        points = points - origin
-        (quadratic, linear, bias), _, _ = self.keys(origin[None])
-        exponents = torch.addmm(bias[0], points, linear[0].mT)
-        return torch.addmm(exponents, _products_of_pairs(points), quadratic.mT)
+        keys, bias, _ = self._keys(origin[None])
+        return torch.addmm(bias[0], _lifted(points - origin), keys[0].mT)
 
     def __call__(
-        self, points: Tensor, origin: Tensor, exclude: Tensor | None
+        self, points: Tensor, origin: Tensor, exclude: Tensor | None, kept: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Log-density (C, m), score and Laplacian ratio, where asked for, at points (C, m, d)."""
+        if kept is not None:
+            return self._only(kept)(points, origin, exclude)
         points = points - origin[:, None]
-        pairs = _products_of_pairs(points)
-        keys, pulled, _ = self.keys(origin)
-        local = [pulled] if self.score else [pulled[..., :0]]
+        keys, bias, pulled = self._keys(origin)
+        values = [keys] if self.score else []
         if self.laplacian:
-            linear = -2 * (self.precision @ pulled.permute(1, 2, 0)).permute(2, 0, 1)
-            local += [linear, (pulled.square().sum(-1) - self.trace)[..., None]]
-        values = Values(self.value, torch.cat(local, -1))
-        log_prob, shared, own = attend(Queries(pairs, points), keys, values, exclude)
+            linear = -2 * _applied(self.precision, pulled)
+            constant = pulled.square().sum(-1) - self.trace
+            values += [_joined(self.square, linear), constant[..., None]]
+        value = values[0] if len(values) == 1 else torch.cat([keys[..., :0], *values], -1)
+        lifted = _lifted(points)
+        log_prob, mean = attend(lifted, keys, bias, value, exclude)
         results = [log_prob]
-        d = points.shape[-1]
+        d, length = points.shape[-1], keys.shape[-1]
         if self.score:
             # sum_i w_i Gamma_i (Z_i - x); the quadratic keys are -Gamma / 2, doubled off the diagonal
-            matrix = _unpacked(shared[..., : pairs.shape[-1]], d)
-            results.append(own[..., :d] + (matrix * points[..., None, :]).sum(-1))
+            matrix = _unpacked(mean[..., : length - d], d)
+            results.append(mean[..., length - d : length] + (matrix * points[..., None, :]).sum(-1))
         if self.laplacian:
             # sum_i w_i (|Gamma_i (x - Z_i)|^2 - Tr Gamma_i), eq. (31), multiplied out in x
-            square, linear, constant = (
-                shared[..., -pairs.shape[-1] :],
-                own[..., -d - 1 : -1],
-                own[..., -1],
-            )
-            results.append((pairs * square).sum(-1) + (points * linear).sum(-1) + constant)
+            results.append((lifted * mean[..., -length - 1 : -1]).sum(-1) + mean[..., -1])
         return tuple(results)
+
+
+def _listed(chosen: Tensor) -> Tensor:
+    """Indices of the true entries of each row, filled up with -1: (C, N) -> (C, K)."""
+    count = chosen.sum(1)
+    row, column = chosen.nonzero(as_tuple=True)
+    position = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    listed = column.new_full((len(chosen), int(count.max())), -1)
+    listed[row, position] = column
+    return listed
+
+
+def _applied(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Products with the centres' matrices, which are (N, d, d) for all cells or (C, N, d, d): (C, N, d)."""
+    if matrix.ndim == 3:  # one matrix product a centre for all cells
+        return (matrix @ vectors.permute(1, 2, 0)).permute(2, 0, 1)
+    return (matrix @ vectors[..., None])[..., 0]
+
+
+def _joined(shared: Tensor, local: Tensor) -> Tensor:
+    """Parts of keys or values, the first (N, t) for all cells or (C, N, t): (C, N, t + d)."""
+    return torch.cat([shared.expand(*local.shape[:-1], -1), local], -1)
+
+
+def _lifted(points: Tensor) -> Tensor:
+    """T(x) of eq. (32), with each product of coordinates once: (..., d) -> (..., d (d + 1) / 2 + d)."""
+    row, column = _packing(points.shape[-1], points.device)
+    pairs = points.index_select(-1, row) * points.index_select(-1, column)
+    return torch.cat([pairs, points], -1)
 
 
 def _packing(d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column of each entry on or above the diagonal, d (d + 1) / 2 of them."""
     row, column = torch.triu_indices(d, d, device=device)
     return row, column
-
-
-def _products_of_pairs(points: Tensor) -> Tensor:
-    """Products x_k x_l, k <= l, each once: (..., d) -> (..., d (d + 1) / 2)."""
-    row, column = _packing(points.shape[-1], points.device)
-    return points.index_select(-1, row) * points.index_select(-1, column)
 
 
 def _packed(matrix: Tensor) -> Tensor:
@@ -375,6 +539,10 @@ class _Differences:
 
     chunk = 1
 
+    def parts(self, cells: _Cells, points: Tensor | None) -> Iterator[tuple[_Cells, None]]:
+        """Cells to evaluate one at a time, all with all centres."""
+        return ((part, None) for part in cells.chunks(1))
+
     def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
         self.score, self.laplacian = score, laplacian
         self.centers = parameters.centers
@@ -396,7 +564,7 @@ class _Differences:
         return self.log_scale - 0.5 * sum(offset * pulled for offset, pulled in pairs)
 
     def __call__(
-        self, points: Tensor, origin: Tensor, exclude: Tensor | None
+        self, points: Tensor, origin: Tensor, exclude: Tensor | None, kept: None = None
     ) -> tuple[Tensor, ...]:
         """Log-density (1, m), score and Laplacian ratio, where asked for, at points (1, m, d)."""
         rows = max(1, _BLOCK_ELEMENTS // len(self.centers))

@@ -1,0 +1,218 @@
+"""Compiled differences in float32: against float64, against PyTorch's gradients, and where they serve."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_mixture import differences, make, parameters, seeded
+
+from wpo_notes import _compiled, _evaluation, _loops
+from wpo_notes._evaluation import Parameters, _by_cells, _compilable, evaluate
+from wpo_notes.mixture import GaussianMixture
+
+F64 = torch.float64
+
+
+@pytest.fixture(params=["as they come", "in order"])
+def order(request, monkeypatch):
+    """Blocks of centres as they come, or in order and left out where they are out of reach."""
+    least = (10**9, 1) if request.param == "as they come" else (1, 1)
+    monkeypatch.setattr(_compiled, "_WORTH_ORDERING", least)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(_compiled, "_WORTH_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def problem(d: int, n: int = 300, points: int = 40, std: float = 0.3):
+    """Parameters of a mixture with weights of its own, its samples, and which centre to leave out."""
+    centers, tril, log_weights = parameters(n, d, std=std, ratio=3, dtype=torch.float32)
+    x = GaussianMixture(centers, tril).sample((points,), generator=seeded(1))
+    exclude = torch.randint(-1, n, (points,), generator=seeded(2))
+    return x, Parameters(centers, tril, log_weights), exclude
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+@pytest.mark.parametrize("d", [1, 2, 3, 6, 8])
+def test_values_and_gradients_are_those_of_float64(d, left_out, order, threads):
+    x, given, exclude = problem(d)
+    exclude = exclude if left_out else None
+    cotangents = [torch.randn(40, *shape, generator=seeded(3)) for shape in ((), (d,), ())]
+    found = []
+    for dtype in (torch.float32, F64):
+        inputs = [part.to(dtype).requires_grad_() for part in (x, *given)]
+        assert _compilable(Parameters(*inputs[1:]), inputs[0]) is (dtype == torch.float32)
+        centers, tril, log_weights = inputs[1:]
+        lower = Parameters(centers, tril.tril(), log_weights)  # of tril, only that is read
+        values = evaluate(lower, inputs[0], score=True, laplacian=True, exclude=exclude)
+        weights = [part.to(dtype) for part in cotangents]
+        found.append((values, torch.autograd.grad(values, inputs, weights)))
+    (values, gradients), (true_values, true_gradients) = found
+    for ours, truth in zip((*values, *gradients), (*true_values, *true_gradients), strict=True):
+        assert ours.dtype == torch.float32
+        error = (ours.double() - truth).abs().max() / truth.abs().max()
+        assert float(error) < 2e-5  # eps 1e-7, sums of hundreds of terms that partly cancel
+
+
+@pytest.mark.parametrize("wanted", [(), ("score",), ("laplacian",), ("score", "laplacian")])
+def test_what_is_asked_for_comes_in_order(wanted):
+    x, given, _ = problem(2)
+    options = dict.fromkeys(wanted, True)
+    found = evaluate(given, x, **options)
+    expected = evaluate(Parameters(*(part.double() for part in given)), x.double(), **options)
+    assert len(found) == 1 + len(wanted)
+    for ours, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129])
+def test_blocks_that_are_not_full(count, order):
+    mixture = make(count, 2, std=0.3, dtype=torch.float32)
+    x = mixture.sample((20,), generator=seeded(1))
+    torch.testing.assert_close(
+        mixture.log_prob(x).double(), differences(mixture, x)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_block_with_nothing_but_the_centre_that_is_left_out(order):
+    # the last block has one centre, the nearest to x: without it the others are far away
+    centers = torch.cat([torch.full((128, 1), 5.0), torch.zeros(1, 1)])
+    mixture = GaussianMixture.from_variance(centers, 1.0)
+    x = torch.zeros(2, 1)
+    score, ratio = mixture.score_and_laplacian_ratio(x, exclude=torch.tensor([128, -1]))
+    assert float(score[0]) == pytest.approx(5.0, rel=1e-6)
+    assert float(ratio[0]) == pytest.approx(24.0, rel=1e-6)
+    assert abs(float(score[1])) < 1e-2
+
+
+def test_bounds_hold_and_blocks_are_left_out():
+    d, n = 2, 2000
+    centers, tril, log_weights = parameters(n, d, std=0.05, ratio=3, dtype=torch.float32)
+    given = Parameters(centers, tril, log_weights)
+    blocks = _compiled._Blocks(*given[:2], given.log_scale(), torch.zeros(0, dtype=int), True)
+    assert torch.equal(blocks.order.sort().values, torch.arange(n))
+    x = 2 * torch.randn(200, d, generator=seeded(1))
+    exponents = _evaluation.exponents(Parameters(*(part.double() for part in given)), x.double())
+    exponents = torch.nn.functional.pad(exponents[:, blocks.order], (0, -n % 128), value=-math.inf)
+    most = exponents.unflatten(1, (-1, 128)).amax(2)
+    dims = (0,) * d
+    upper = torch.tensor(
+        [[_loops._upper(p, b, dims) for b in blocks.bounds.numpy()] for p in x.numpy()]
+    )
+    assert bool((upper >= most - 1e-4 * (1 + most.abs())).all())
+    # and the bounds are of use: most blocks do not contribute
+    reached = upper >= exponents.amax(1, keepdim=True) - float(blocks.cutoff)
+    assert float(reached.double().mean()) < 0.5
+
+
+def test_centres_out_of_reach_change_nothing(monkeypatch):
+    mixture = make(2000, 2, std=0.02, ratio=4, dtype=torch.float32)
+    x = mixture.sample((300,), generator=seeded(1))
+    found = []
+    for least in ((1, 1), (10**9, 1)):
+        monkeypatch.setattr(_compiled, "_WORTH_ORDERING", least)
+        found.append(mixture._evaluate(x, score=True, laplacian=True))
+    for ours, all_of_them in zip(*found, strict=True):
+        error = (ours - all_of_them).abs().max() / all_of_them.abs().max()
+        assert float(error) < 1e-6
+
+
+def test_exponential():
+    x = -torch.linspace(0, 85.9, 10_001).numpy()
+    found = np.array([_loops._exp(value) for value in x])
+    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=1.2e-7)
+    assert _loops._exp(np.float32(-87.0)) == 0 == _loops._exp(np.float32(-math.inf))
+    assert math.isnan(_loops._exp(np.float32(math.nan)))
+
+
+def test_derivatives_of_derivatives():
+    x, given, exclude = problem(2, n=10, points=5)
+
+    def second(function, dtype):
+        inputs = [part.to(dtype).requires_grad_() for part in (x, *given)]
+        centers, tril, log_weights = inputs[1:]
+        values = function(Parameters(centers, tril.tril(), log_weights), inputs[0])
+        total = sum((value**2).sum() for value in values)
+        first = torch.autograd.grad(total, inputs, create_graph=True)
+        return torch.autograd.grad(sum((part**2).mean() for part in first), inputs)
+
+    def ours(given, x):
+        return evaluate(given, x, score=True, laplacian=True, exclude=exclude)
+
+    def truth(given, x):
+        return _by_cells(given, x, True, True, exclude)
+
+    for found, expected in zip(second(ours, torch.float32), second(truth, F64), strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert float(error) < 1e-4
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_nan_is_passed_on(part, order):
+    x, given, _ = problem(2)
+    inputs = [tensor.clone() for tensor in (x, *given)]
+    inputs[part][0] = math.nan
+    values = evaluate(Parameters(*inputs[1:]), inputs[0], score=True, laplacian=True)
+    for value in values:
+        assert bool(value[0].isnan().all())
+        assert bool(value[1:].isnan().any()) is (part > 0)
+
+
+def test_where_it_serves(monkeypatch):
+    calls = []
+    original = _compiled.evaluate_by_differences
+    monkeypatch.setattr(
+        _compiled, "evaluate_by_differences", lambda *a: calls.append(1) or original(*a)
+    )
+
+    def serves(mixture, x):
+        calls.clear()
+        mixture.score(x)
+        return bool(calls)
+
+    centers, tril, _ = parameters(20, 2, dtype=torch.float32)
+    plain = GaussianMixture(centers, tril, validate_args=False)  # vmap permits no checks of values
+    x = torch.zeros(3, 2)
+    assert serves(plain, x)
+    assert not serves(make(20, 2), x.double())
+    assert not serves(make(20, 9, dtype=torch.float32), torch.zeros(3, 9))
+    # too long for their width: float32 would round the exponents by more than 1e-5
+    assert not serves(make(20, 2, ratio=1000, dtype=torch.float32), x)
+    calls.clear()
+    torch.func.vmap(torch.func.jacrev(plain.score))(x)
+    torch.func.vmap(torch.func.hessian(plain.log_prob))(x)
+    with torch.autograd.forward_ad.dual_level():
+        plain.log_prob(torch.autograd.forward_ad.make_dual(x, x))
+    assert not calls
+
+
+def test_without_numba_the_result_is_the_same(monkeypatch):
+    mixture = make(50, 2, std=0.1, dtype=torch.float32)
+    x = mixture.sample((100,), generator=seeded(1))
+    found = mixture._evaluate(x, score=True, laplacian=True)
+
+    def missing(name):
+        raise ModuleNotFoundError(name="numba")
+
+    _evaluation._compiled.cache_clear()
+    monkeypatch.setattr(_evaluation.importlib, "import_module", missing)
+    try:
+        without = mixture._evaluate(x, score=True, laplacian=True)
+    finally:
+        _evaluation._compiled.cache_clear()
+    for ours, theirs in zip(found, without, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_no_points():
+    values = make(5, 2, dtype=torch.float32)._evaluate(torch.zeros(0, 2), score=True)
+    assert [value.shape for value in values] == [(0,), (0, 2)]
