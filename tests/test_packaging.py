@@ -243,13 +243,18 @@ assert REFUSED.isdisjoint(sys.modules)
 @pytest.mark.parametrize(
     ("roots", "left_out"),
     [
-        (BASE, ("wpo_notes.plots", "wpo_notes._figures")),
+        (
+            BASE,
+            ("wpo_notes.plots", "wpo_notes._figures", "wpo_notes._compiled", "wpo_notes._loops"),
+        ),
         # scikit-learn comes with the base, but only these import it at once
         (
             BASE - {"scikit-learn"},
             (
                 "wpo_notes.plots",
                 "wpo_notes._figures",
+                "wpo_notes._compiled",
+                "wpo_notes._loops",
                 "wpo_notes.report",
                 "wpo_notes.estimator",
                 "wpo_notes.experiments",

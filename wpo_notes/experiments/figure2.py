@@ -5,12 +5,15 @@ Chapter: *Figure 2* (``book/figure-2.md``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from wpo_notes.datasets import PLANAR
 from wpo_notes.experiments.denoising import DenoisingRun
 from wpo_notes.experiments.kernel import KernelRun
 from wpo_notes.experiments.runs import Case
 
-__all__ = ["cases", "denoising_cases", "kernel_cases"]
+__all__ = ["KINDS", "cases", "denoising_cases", "kernel_cases", "kind"]
 
 # Section 5.1: 5e4 training points, 5000 of them centres, 5e4 steps of batch 64.
 _KERNEL = {
@@ -44,6 +47,10 @@ _KERNELS = {
 }
 
 
+# By how the centres are scored and by the learning rate's schedule.
+KINDS = ("left out, falling rate", "left out", "literal")
+
+
 def cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
     """All runs of the figure, or those on one law."""
     return [
@@ -63,6 +70,13 @@ def kernel_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[
         for mode, schedule in _KERNELS[scale]
         for name in ((data,) if data else PLANAR)
     ]
+
+
+def kind(settings: Mapping[str, Any]) -> str:
+    """Which of `KINDS` a kernel model's run is, by the settings of its record."""
+    if settings["mode"] == "literal":
+        return "literal"
+    return "left out" + ", falling rate" * (settings["schedule"] == "cosine")
 
 
 def denoising_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
