@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.nbval_cell_timeout == NBVAL_DEFAULT_TIMEOUT:
         config.option.nbval_cell_timeout = CELL_TIMEOUT
+    if config.option.nbval and not hasattr(config, "workerinput"):
+        executed.create()  # before the workers, which would both make its tables
 
 
 def is_chapter(path: Path) -> bool:

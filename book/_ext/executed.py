@@ -38,6 +38,11 @@ def read(chapter: Path) -> NotebookNode:
     return read_myst_markdown_notebook(chapter.read_text(encoding="utf-8"))
 
 
+def create() -> None:
+    """Make an empty cache, with its tables, if there is none."""
+    get_cache(folder()).db  # noqa: B018
+
+
 def holds(chapter: Path) -> bool:
     """Whether the chapter's results are in the cache."""
     try:
