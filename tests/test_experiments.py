@@ -447,7 +447,7 @@ def test_list_has_a_command_for_every_case(capsys):
         for name in ("figure3", "figure5", "figure6")
         for case in EXPERIMENTS[name].cases("paper")
     }
-    assert len(names) == 16
+    assert len(names) == 24
     assert sum(line.rpartition(" ")[2] in names for line in lines) == len(names)
 
 
