@@ -197,6 +197,9 @@ def test_float32_stays_float32():
         assert value.dtype == torch.float32
 
 
+FUNCTIONS = ("log_prob", "score", "laplacian_ratio")
+
+
 # ---- rounding: float32, narrow kernels, far points --------------------------------------------
 
 
@@ -268,10 +271,13 @@ def test_far_narrow_kernel_does_not_leak_through_the_clamp():
     )
 
 
-def cells_of(x: torch.Tensor, tril: torch.Tensor) -> list[_evaluation._Cells]:
+def cells_of(
+    x: torch.Tensor, tril: torch.Tensor, *, truncate: bool = False
+) -> list[_evaluation._Cells]:
     zeros = x.new_zeros(len(tril), x.shape[1])
     parameters = _evaluation.Parameters(zeros, tril, zeros[:, 0])
-    return _evaluation._cells(x, _evaluation._Sides(parameters, score=False, laplacian=False))
+    sides = _evaluation._Sides(parameters, score=False, laplacian=False)
+    return _evaluation._cells(x, sides, truncate=truncate)
 
 
 def test_narrow_float64_kernels_are_as_exact_as_differences():
@@ -308,9 +314,53 @@ def test_cells():
     # too narrow for float32 in cells of a useful size
     (narrow,) = cell_sizes(x, 1e-3)
     assert narrow[:2] == (F64, True)
+    # split only where centres may be left out, and only if kernels are narrow for it
+    tril = torch.eye(2, dtype=F64)[None]
+    assert len(cells_of(x.double(), tril / 0.02)[0].index) == 1
+    assert len(cells_of(x.double(), tril / 0.05, truncate=True)[0].index) == 1
+    assert len(cells_of(x.double(), tril / 0.02, truncate=True)[0].index) == 16
     # float32 points in [0, 1), kernels for which even float64 about one origin would lose too much
     assert cell_sizes(x, 1e-9) == [(F64, False, 1, 2000)]
     assert cell_sizes(x[:1], 1e-8) == [(F64, True, 1, 1)]
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_centres_that_are_left_out_of_a_cell_do_not_contribute(d):
+    centers, tril, log_weights = parameters(700, d, std=0.02, ratio=3)
+    centers[:, 1:] *= 0.02  # near a line, so that cells are small
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    x = mixture.sample((1500,), generator=seeded(1))
+    sides = _evaluation._Sides(mixture._parameters, score=False, laplacian=False)
+    exact = mixture._exponents(x) - mixture.log_prob(x)[:, None]
+    fewest, points = 1.0, []
+    for cells in _evaluation._cells(x, sides, truncate=True):
+        for part, kept in sides[cells.dtype, cells.lifted].parts(cells, x):
+            for index, own in zip(part.index, kept, strict=True):
+                left_out = torch.ones(700, dtype=torch.bool)
+                left_out[own[own >= 0]] = False
+                share = exact[index][:, left_out].exp().sum(1)
+                assert float(share.max()) < 1e-24
+                fewest = min(fewest, 1 - float(left_out.double().mean()))
+                points.append(index)
+    assert torch.equal(torch.cat(points).unique(), torch.arange(1500))
+    assert fewest < 0.3
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_leaving_centres_out_changes_no_value_and_no_gradient(name, monkeypatch):
+    centers, tril, log_weights = parameters(300, 2, std=0.02, ratio=3)
+    x = GaussianMixture(centers, tril).sample((600,), generator=seeded(1))
+    arguments = [part.requires_grad_() for part in (x, centers, tril, log_weights)]
+    cotangent, found = None, []
+    for worth in (0.5, -1.0):  # cells one by one; all centres in all cells
+        monkeypatch.setattr(_evaluation, "_WORTH_TRUNCATING", worth)
+        values = evaluated(name)(*arguments)
+        if cotangent is None:
+            cotangent = torch.randn(values.shape, generator=seeded(2), dtype=F64)
+        found.append((values, *torch.autograd.grad(values, arguments, cotangent)))
+    for ours, all_of_them in zip(*found, strict=True):
+        error = (ours - all_of_them).abs().max() / all_of_them.abs().max()
+        assert float(error) < 1e-11
 
 
 def test_outliers_go_to_the_next_precision():
@@ -356,9 +406,6 @@ def test_nan_is_passed_on_without_splitting():
 
 
 # ---- gradients and memory -------------------------------------------------------------------
-
-
-FUNCTIONS = ("log_prob", "score", "laplacian_ratio")
 
 
 def differentiable(n: int = 3, d: int = 2, points: int = 4):

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from wpo_notes._evaluation import TRUNCATION
 from wpo_notes._loops import WIDTH, backward, forward, inverse_norms
 
 __all__ = ["evaluate_by_differences", "square_norms_of_inverses"]
 
 # Centres are put in an order, and blocks out of reach left out, if there are so many points and blocks at least.
 _WORTH_ORDERING = 1024, 8
-# Share of the density at a point up to which blocks may be left out, all together.
-_TRUNCATION = 1e-12
 # Pairs of a point and a centre that are worth a thread.
 _WORTH_A_THREAD = 2**21
 
@@ -165,7 +164,7 @@ class _Blocks:
         numbers[n:, -1] = -math.inf
         numbers = numbers.unflatten(0, (-1, WIDTH))
         self.blocks = numbers.mT.flatten(1).contiguous()
-        self.cutoff = np.float32(math.log(n / _TRUNCATION))
+        self.cutoff = np.float32(math.log(n / TRUNCATION[tril.dtype]))
         self.bounds = self._bounds(numbers, tril) if ordered else self._no_bounds()
 
     def _no_bounds(self) -> Tensor:

@@ -33,14 +33,14 @@ from torch.utils.checkpoint import checkpoint
 
 from wpo_notes._attention import attend, mask
 
-__all__ = ["Parameters", "evaluate", "exponents", "merged"]
+__all__ = ["TRUNCATION", "Parameters", "evaluate", "exponents", "merged"]
 
 # Bound on the rounding error of an exponent, in nats, up to which it is multiplied out.
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Cells are halved down to this many points: each lifts all centres anew.
 _SMALLEST_CELL = 128
 # Share of the density at a point up to which centres may be left out, all together.
-_TRUNCATION = {torch.float32: 1e-12, torch.float64: 1e-24}
+TRUNCATION = {torch.float32: 1e-12, torch.float64: 1e-24}
 # Cells reach about so many times as far as the median kernel, if the points extend so many times further still.
 _REACH, _EXTENT = 3, 8
 # Cells are evaluated one by one where no more than this share of the centres remains.
@@ -51,6 +51,8 @@ _KEY_ELEMENTS = 2**21
 _SIDE_ELEMENTS = 2**24
 # Compiled differences, where they serve, are the fastest in up to so many dimensions.
 _LARGEST_COMPILED = 8
+# Lifted products are faster for so many points in boxes that reach no more than so many times as far as one cell.
+_MANY_POINTS, _FEW_CELLS = 1024, 4
 # This many differences (points times centres) are computed at a time.
 _BLOCK_ELEMENTS = 2**20
 
@@ -120,7 +122,7 @@ def _evaluate_shard(
     exclude: Tensor | None,
 ) -> list[Tensor]:
     compiled = _compiled() if _compilable(parameters, points) else None
-    if compiled is None or _too_long(parameters.precision_tril, compiled):
+    if compiled is None or _better_lifted(parameters, points, compiled):
         return _by_cells(parameters, points, score, laplacian, exclude)
 
     def otherwise(points: Tensor, centers: Tensor, tril: Tensor, log_scale: Tensor) -> list[Tensor]:
@@ -150,15 +152,26 @@ def _compilable(parameters: Parameters, points: Tensor) -> bool:
     )
 
 
-def _too_long(tril: Tensor, compiled: Any) -> bool:
-    """Whether kernels are so much longer than wide that float32 rounds exponents by more than is allowed.
+@torch.no_grad()
+def _better_lifted(parameters: Parameters, points: Tensor, compiled: Any) -> bool:
+    """Whether differences in float32 would round exponents by more than is allowed, or be the slower way.
 
     The entries of L' y are rounded by up to the unit roundoff times |L| |y|, where |y| is some multiple of |L^-1|
-    wherever the kernel weighs anything.
+    wherever the kernel weighs anything: kernels much longer than wide have to be lifted. And those so wide that
+    all points make but a few cells reach everywhere, so that nothing is left out: then matrix products are faster,
+    if there are many points and no gradient is asked for.
     """
-    norms = tril.detach().square().sum((1, 2)) * compiled.square_norms_of_inverses(tril)
-    rounding = torch.finfo(tril.dtype).eps * math.sqrt(float(norms.max()))
-    return rounding > _ROUNDING[tril.dtype]
+    tril = parameters.precision_tril
+    trace = tril.square().sum((1, 2))
+    norm = math.sqrt(float((trace * compiled.square_norms_of_inverses(tril)).max()))
+    if torch.finfo(tril.dtype).eps * norm > _ROUNDING[tril.dtype]:
+        return True
+    differentiable = any(part.requires_grad for part in (points, *parameters))
+    if len(points) < _MANY_POINTS or differentiable or torch.float32 not in _products(tril.dtype):
+        return False
+    low, high = points.aminmax(dim=0)
+    reach = 0.5 * float(torch.linalg.vector_norm(high - low))
+    return reach <= _FEW_CELLS * _radius(points, tril.dtype, float(trace.max()))
 
 
 @functools.cache
@@ -179,10 +192,11 @@ def _by_cells(
 ) -> list[Tensor]:
     sides = _Sides(parameters, score, laplacian)
     indices, results = [], []
-    for cells in _cells(points, sides):
+    # Where the caller leaves a centre out, the bound of those that contribute does not hold.
+    truncate = exclude is None
+    for cells in _cells(points, sides, truncate=truncate):
         side = sides[cells.dtype, cells.lifted]
-        # Where the caller leaves a centre out, the bound of those that contribute does not hold.
-        parts = side.parts(cells, points if exclude is None else None)
+        parts = side.parts(cells, points if truncate else None)
         # Autograd would keep the centres' side of all cells: recompute it when there are many.
         recompute = torch.is_grad_enabled() and len(cells.index) > side.chunk
         for part, kept in parts:
@@ -204,7 +218,7 @@ def exponents(parameters: Parameters, points: Tensor) -> Tensor:
     """Log of weight times Gaussian for each point and centre, (M, N), eq. (28)."""
     sides = _Sides(parameters, score=False, laplacian=False)
     indices, results = [], []
-    for cells in _cells(points, sides):
+    for cells in _cells(points, sides, truncate=False):
         side = sides[cells.dtype, cells.lifted]
         for part in cells.chunks(1):
             local = points[part.index[0]].to(part.dtype)
@@ -242,8 +256,8 @@ class _Cells(NamedTuple):
         ]
 
 
-def _cells(points: Tensor, sides: _Sides) -> list[_Cells]:
-    """Group points into cells small enough for the lifted form's rounding error.
+def _cells(points: Tensor, sides: _Sides, *, truncate: bool) -> list[_Cells]:
+    """Group points into cells small enough for the lifted form's rounding error, and for few centres to contribute.
 
     Each precision in turn takes the cells that are small enough for it, and the next one the rest; what
     remains is for differences.
@@ -258,7 +272,8 @@ def _cells(points: Tensor, sides: _Sides) -> list[_Cells]:
         if _too_coarse(points, dtype, sides):
             continue
         if norm is None:
-            norm, reach = sides[dtype, True].norm(), _worthwhile_reach(points, sides[dtype, True])
+            norm = sides[dtype, True].norm()
+            reach = _worthwhile_reach(points, sides[dtype, True]) if truncate else math.inf
         groups, rest = _small_cells(points, rest, _radius(points, dtype, norm), reach)
         found += [_Cells(index, origin, dtype, True) for index, origin in groups]
         if not len(rest):
@@ -364,7 +379,7 @@ class _Lifted:
         self.quadratic = -0.5 * _packed(self.precision)
         length = self.quadratic.shape[1] * (1 + score + laplacian)
         if laplacian:
-            self.square = _packed(self.precision @ self.precision)
+            self.square = _packed(self.squared)
             self.trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
         n, d = self.centers.shape
         self.length = length + 4 * d  # of a centre's keys and values together
@@ -373,8 +388,12 @@ class _Lifted:
     @torch.no_grad()
     def norm(self) -> float:
         """Bound on the largest eigenvalue of all precisions: the root of the largest norm of their squares."""
-        square = self.precision @ self.precision
-        return math.sqrt(float(square.abs().sum(-1).max()))
+        return math.sqrt(float(self.squared.abs().sum(-1).max()))
+
+    @functools.cached_property
+    def squared(self) -> Tensor:
+        """Squares of the precisions, (N, d, d)."""
+        return self.precision @ self.precision
 
     @functools.cached_property
     def least_eigenvalue(self) -> Tensor:
@@ -422,7 +441,7 @@ class _Lifted:
         near = distance.argmin(1)
         pulled = (points - self.centers[near][:, None]) @ self.tril[near]
         least = (self.log_scale[near] - 0.5 * pulled.square().sum(2).amax(1))[:, None]
-        share = _TRUNCATION[self.centers.dtype] / len(self.centers)
+        share = TRUNCATION[self.centers.dtype] / len(self.centers)
         return ~(most < least + math.log(share))  # NaN contributes
 
     def _only(self, kept: Tensor) -> _Lifted:
