@@ -1,9 +1,10 @@
-"""Compiled differences in float32: against float64, against PyTorch's gradients, and where they serve."""
+"""Compiled differences: against the lifted form in float64 and its gradients, and where they serve."""
 
 from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -42,25 +43,31 @@ def problem(d: int, n: int = 300, points: int = 40, std: float = 0.3):
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-@pytest.mark.parametrize("d", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("d", [1, 2, 6, 8])
 def test_values_and_gradients_are_those_of_float64(d, left_out, order, threads):
     x, given, exclude = problem(d)
     exclude = exclude if left_out else None
     cotangents = [torch.randn(40, *shape, generator=seeded(3)) for shape in ((), (d,), ())]
-    found = []
-    for dtype in (torch.float32, F64):
+
+    def found(function, dtype):
         inputs = [part.to(dtype).requires_grad_() for part in (x, *given)]
-        assert _compilable(Parameters(*inputs[1:]), inputs[0]) is (dtype == torch.float32)
         centers, tril, log_weights = inputs[1:]
         lower = Parameters(centers, tril.tril(), log_weights)  # of tril, only that is read
-        values = evaluate(lower, inputs[0], score=True, laplacian=True, exclude=exclude)
+        values = function(lower, inputs[0])
         weights = [part.to(dtype) for part in cotangents]
-        found.append((values, torch.autograd.grad(values, inputs, weights)))
-    (values, gradients), (true_values, true_gradients) = found
-    for ours, truth in zip((*values, *gradients), (*true_values, *true_gradients), strict=True):
-        assert ours.dtype == torch.float32
-        error = (ours.double() - truth).abs().max() / truth.abs().max()
-        assert float(error) < 2e-5  # eps 1e-7, sums of hundreds of terms that partly cancel
+        return *values, *torch.autograd.grad(values, inputs, weights)
+
+    def ours(given, x):
+        assert _compilable(given, x)
+        return evaluate(given, x, score=True, laplacian=True, exclude=exclude)
+
+    truth = found(lambda given, x: _by_cells(given, x, True, True, exclude), F64)
+    # units of rounding, times sums of hundreds of terms that partly cancel
+    for dtype, tolerance in ((torch.float32, 2e-5), (F64, 1e-11)):
+        for value, true_value in zip(found(ours, dtype), truth, strict=True):
+            assert value.dtype == dtype
+            error = (value - true_value).detach().abs().max() / true_value.detach().abs().max()
+            assert float(error) < tolerance
 
 
 @pytest.mark.parametrize("wanted", [(), ("score",), ("laplacian",), ("score", "laplacian")])
@@ -68,7 +75,8 @@ def test_what_is_asked_for_comes_in_order(wanted):
     x, given, _ = problem(2)
     options = dict.fromkeys(wanted, True)
     found = evaluate(given, x, **options)
-    expected = evaluate(Parameters(*(part.double() for part in given)), x.double(), **options)
+    double = Parameters(*(part.double() for part in given)), x.double()
+    expected = _by_cells(*double, "score" in wanted, "laplacian" in wanted, None)
     assert len(found) == 1 + len(wanted)
     for ours, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
@@ -126,12 +134,16 @@ def test_centres_out_of_reach_change_nothing(monkeypatch):
         assert float(error) < 1e-6
 
 
-def test_exponential():
-    x = -torch.linspace(0, 85.9, 10_001).numpy()
-    found = np.array([_loops._exp(value) for value in x])
-    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=1e-7)
-    assert _loops._exp(np.float32(-87.0)) == 0 == _loops._exp(np.float32(-math.inf))
-    assert math.isnan(_loops._exp(np.float32(math.nan)))
+@pytest.mark.parametrize(
+    ("dtype", "most", "tolerance"), [(np.float32, 85.9, 1e-7), (np.float64, 699.0, 4e-16)]
+)
+def test_exponential(dtype, most, tolerance):
+    exponential = numba.njit(lambda x: _loops._exp(x))
+    x = -np.linspace(0, most, 10_001).astype(dtype)
+    found = np.array([exponential(value) for value in x])
+    np.testing.assert_allclose(found, np.exp(x.astype(np.longdouble)), rtol=tolerance)
+    assert exponential(dtype(-most - 2)) == 0 == exponential(dtype(-math.inf))
+    assert math.isnan(exponential(dtype(math.nan)))
 
 
 def test_derivatives_of_derivatives():
@@ -156,10 +168,11 @@ def test_derivatives_of_derivatives():
         assert float(error) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("part", range(4))
-def test_nan_is_passed_on(part, order):
+def test_nan_is_passed_on(part, dtype, order):
     x, given, _ = problem(2)
-    inputs = [tensor.clone() for tensor in (x, *given)]
+    inputs = [tensor.to(dtype).clone() for tensor in (x, *given)]
     inputs[part][0] = math.nan
     values = evaluate(Parameters(*inputs[1:]), inputs[0], score=True, laplacian=True)
     for value in values:
@@ -167,32 +180,48 @@ def test_nan_is_passed_on(part, order):
         assert bool(value[1:].isnan().any()) is (part > 0)
 
 
+@pytest.mark.parametrize("d", [2, 6])
+def test_kernels_too_long_for_float32_go_in_float64(d):
+    centers, tril, log_weights = parameters(200, d, std=0.3, ratio=3, dtype=torch.float32)
+    tril[0, 0] *= 1e4
+    given = Parameters(centers, tril, log_weights)
+    x = GaussianMixture(centers, tril).sample((50,), generator=seeded(1))
+    x[0] = centers[0] + 1e-5  # where the narrow kernel weighs something
+    found = evaluate(given, x, score=True, laplacian=True)
+    double = Parameters(*(part.double() for part in given))
+    for ours, truth in zip(found, _by_cells(double, x.double(), True, True, None), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-6)
+
+
 def test_where_it_serves(monkeypatch):
     calls = []
     original = _compiled.evaluate_by_differences
     monkeypatch.setattr(
-        _compiled, "evaluate_by_differences", lambda *a: calls.append(1) or original(*a)
+        _compiled, "evaluate_by_differences", lambda *a: calls.append(a[0].dtype) or original(*a)
     )
 
     def serves(mixture, x):
+        """In which dtype; None if not at all."""
         calls.clear()
         mixture.score(x)
-        return bool(calls)
+        return calls[0] if calls else None
 
     centers, tril, _ = parameters(20, 2, dtype=torch.float32)
     plain = GaussianMixture(centers, tril, validate_args=False)  # vmap permits no checks of values
     x = torch.zeros(3, 2)
-    assert serves(plain, x)
-    assert not serves(make(20, 2), x.double())
+    assert serves(plain, x) == torch.float32
+    assert serves(make(20, 2), x.double()) == F64
     assert not serves(make(20, 9, dtype=torch.float32), torch.zeros(3, 9))
     # too long for their width: float32 would round the exponents by more than 1e-5
-    assert not serves(make(20, 2, ratio=1000, dtype=torch.float32), x)
+    assert serves(make(20, 2, ratio=1000, dtype=torch.float32), x) == F64
     # many points, few cells: matrix products are faster, unless gradients are asked for
     wide, many = make(20, 2, std=2.0, dtype=torch.float32), torch.randn(1024, 2, generator=seeded())
     assert not serves(wide, many)
     assert serves(wide, many[1:])
     assert serves(wide, many.clone().requires_grad_())
     assert serves(make(20, 2, std=0.05, dtype=torch.float32), many)
+    assert serves(make(20, 2, std=2.0), many.double()) == F64
     calls.clear()
     torch.func.vmap(torch.func.jacrev(plain.score))(x)
     torch.func.vmap(torch.func.hessian(plain.log_prob))(x)

@@ -33,6 +33,19 @@ from wpo_notes.mixture import ExpandedMixture, GaussianMixture
 F64 = torch.float64
 
 
+@pytest.fixture
+def by_cells(monkeypatch):
+    """Without the compiled engine, which otherwise comes first in few dimensions."""
+    monkeypatch.setattr(_evaluation, "_compiled", lambda: None)
+
+
+@pytest.fixture(params=["as chosen", "by cells"])
+def engine(request):
+    """What the evaluation chooses, and what it chooses without Numba."""
+    if request.param == "by cells":
+        request.getfixturevalue("by_cells")
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -85,6 +98,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---- float64 against other authorities ---------------------------------------------------------
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_log_prob_matches_scipy_and_torch(d):
     mixture = make(7, d)
@@ -107,6 +121,7 @@ def test_log_prob_matches_scipy_and_torch(d):
     torch.testing.assert_close(responsibilities.sum(-1), torch.ones(50, dtype=F64))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_score_and_laplacian_match_autodiff(d):
     mixture = make(7, d)
@@ -203,6 +218,7 @@ FUNCTIONS = ("log_prob", "score", "laplacian_ratio")
 # ---- rounding: float32, narrow kernels, far points --------------------------------------------
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize(
     ("std", "ratio", "offset", "d"),
     [
@@ -231,12 +247,14 @@ def test_float32_error(std, ratio, offset, d):
     assert float((mixture.laplacian_ratio(x) - ratio_).abs().max() / scale) < 5e-5
 
 
+@pytest.mark.usefixtures("engine")
 def test_float32_score_is_relative_to_its_own_norm():
     mixture = make(300, 2, std=0.02, offset=100, dtype=torch.float32)
     x = mixture.sample((1000,), generator=seeded(1))
     assert relative(mixture.score(x), differences(mixture, x)[1]) < 2e-3
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("deviations", [1e3, 1e4, 1e5, 1e6])
 def test_far_points(dtype, deviations):
@@ -258,6 +276,7 @@ def test_far_points(dtype, deviations):
         )
 
 
+@pytest.mark.usefixtures("engine")
 def test_far_narrow_kernel_does_not_leak_through_the_clamp():
     # At x the narrow kernel weighs exp(-5e13), but its |Gamma (x - Z)|^2 is 1e26: clamped at exp(-80)
     # in float64 it would add 2e-9 to the Laplacian ratio of the wide kernel.
@@ -280,6 +299,7 @@ def cells_of(
     return _evaluation._cells(x, sides, truncate=truncate)
 
 
+@pytest.mark.usefixtures("engine")
 def test_narrow_float64_kernels_are_as_exact_as_differences():
     mixture = make(40, 2, std=1e-6)
     x = mixture.sample((100,), generator=seeded(1))
@@ -346,6 +366,7 @@ def test_centres_that_are_left_out_of_a_cell_do_not_contribute(d):
     assert fewest < 0.3
 
 
+@pytest.mark.usefixtures("by_cells")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_leaving_centres_out_changes_no_value_and_no_gradient(name, monkeypatch):
     centers, tril, log_weights = parameters(300, 2, std=0.02, ratio=3)
@@ -363,6 +384,7 @@ def test_leaving_centres_out_changes_no_value_and_no_gradient(name, monkeypatch)
         assert float(error) < 1e-11
 
 
+@pytest.mark.usefixtures("by_cells")
 def test_outliers_go_to_the_next_precision():
     near = 0.1 * torch.rand(1000, 2, generator=seeded())
     far = torch.tensor([[50.0, 0.0], [0.0, 80.0]])
@@ -387,6 +409,7 @@ def test_reduced_matrix_products_are_not_used():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.usefixtures("by_cells")
 @pytest.mark.parametrize(("dtype", "std"), [(torch.float32, 0.12), (F64, 1e-3)])
 def test_split_cells_come_back_in_order(dtype, std):
     mixture = make(20, 2, std=std, dtype=dtype)
@@ -396,6 +419,7 @@ def test_split_cells_come_back_in_order(dtype, std):
     torch.testing.assert_close(mixture.log_prob(x)[:50], one_by_one, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("by_cells")
 def test_nan_is_passed_on_without_splitting():
     centers, tril, _ = parameters(3, 2)
     mixture = GaussianMixture(centers, tril * math.nan, validate_args=False)
@@ -422,11 +446,13 @@ def evaluated(name: str):
     return function
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients(name):
     assert gradcheck(evaluated(name), differentiable())
 
 
+@pytest.mark.usefixtures("engine")
 def test_gradients_of_narrow_cells():
     x, centers, tril, log_weights = differentiable(n=2, points=3)
     tril = (tril.detach() * 1e4).requires_grad_()
@@ -443,6 +469,7 @@ def test_gradients_of_narrow_cells():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("engine")
 def test_second_derivatives():
     x, *rest = differentiable()
     assert gradgradcheck(
@@ -450,6 +477,7 @@ def test_second_derivatives():
     )
 
 
+@pytest.mark.usefixtures("engine")
 def test_gradients_with_excluded_centres():
     x, *rest = differentiable()
     exclude = torch.tensor([0, -1, 2, 1])
@@ -462,6 +490,7 @@ def test_gradients_with_excluded_centres():
     assert gradcheck(function, (x, *rest))
 
 
+@pytest.mark.usefixtures("by_cells")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_recomputed_cells_agree(name, monkeypatch):
     arguments = differentiable(n=5, points=40)
@@ -489,6 +518,7 @@ def test_recomputed_cells_agree(name, monkeypatch):
     assert not calls
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("leave_out", [False, True])
 def test_shards_of_centres_agree(leave_out, monkeypatch):
     x, *rest = differentiable(n=10, points=6)

@@ -1,4 +1,4 @@
-r"""Evaluation in float32 on a CPU, by compiled differences, and nothing stored in between.
+r"""Evaluation on a CPU by compiled differences, and nothing stored in between.
 
 Centres are taken in blocks, in which ``wpo_notes._loops`` has the formulas. Nothing cancels, however narrow the
 kernels are and however far from the origin the data. With many points, centres near each other are in one block,
@@ -49,8 +49,8 @@ def evaluate_by_differences(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-density (M,), score (M, d) and Laplacian ratio (M,) at the points (M, d); the last two only if `averages`.
 
-    Of `tril` (N, d, d) the lower triangle is read. Differentiable in all tensors but `exclude`; where somebody differentiates the derivative, it is that of
-    ``otherwise(points, centers, tril, log_scale)``, which returns the same.
+    Of `tril` (N, d, d) the lower triangle is read. Differentiable in all tensors but `exclude`; where somebody
+    differentiates the derivative, it is that of ``otherwise(points, centers, tril, log_scale)``, which returns the same.
     """
     if exclude is None:
         exclude = torch.full((len(points),), -1, device=points.device)
@@ -164,7 +164,7 @@ class _Blocks:
         numbers[n:, -1] = -math.inf
         numbers = numbers.unflatten(0, (-1, WIDTH))
         self.blocks = numbers.mT.flatten(1).contiguous()
-        self.cutoff = np.float32(math.log(n / TRUNCATION[tril.dtype]))
+        self.cutoff = self.blocks.new_tensor(math.log(n / TRUNCATION[tril.dtype])).numpy()[()]
         self.bounds = self._bounds(numbers, tril) if ordered else self._no_bounds()
 
     def _no_bounds(self) -> Tensor:

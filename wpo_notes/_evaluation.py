@@ -9,13 +9,15 @@ so log-density, score and Laplacian are softmax attention (eq. (34)), and no ten
 its absolute error is about :math:`\varepsilon\, r^2\, \lambda_{\max}(\Gamma) / \sqrt d` for points within r of
 the origin (the roundings of the d squares have random signs). The points are therefore grouped into cells,
 each lifted about an origin of its own, until that bound is small; those for which cells would become too
-small are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is :math:`\varepsilon\,\kappa(\Gamma)`, for
-kernels much longer than wide: in float32, prefer float64 where the ratio of axes exceeds a few hundred.
+small are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is
+:math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in float32, prefer float64 where the ratio of
+axes exceeds a few hundred.
 
 Kernels that narrow reach few cells: centres that cannot contribute to any point of a cell are left out there
 (`_contributing` proves the bound).
 
-In float32 on a CPU and few dimensions ``wpo_notes._compiled`` takes differences instead, if Numba is installed.
+On a CPU and in few dimensions ``wpo_notes._compiled`` takes differences instead, if Numba is installed: in float64
+where kernels are too long for float32.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ _WORTH_TRUNCATING = 0.5
 _KEY_ELEMENTS = 2**21
 # Centres are taken in shards whose sides have about this many numbers, so that memory does not grow with them.
 _SIDE_ELEMENTS = 2**24
-# Compiled differences, where they serve, are the fastest in up to so many dimensions.
+# Compiled differences, where they serve, are the fastest in up to so many dimensions,
 _LARGEST_COMPILED = 8
-# Lifted products are faster for so many points in boxes that reach no more than so many times as far as one cell.
+# except for so many points in boxes that reach no more than so many times as far as one cell, in float32.
 _MANY_POINTS, _FEW_CELLS = 1024, 4
 # This many differences (points times centres) are computed at a time.
 _BLOCK_ELEMENTS = 2**20
@@ -122,7 +124,11 @@ def _evaluate_shard(
     exclude: Tensor | None,
 ) -> list[Tensor]:
     compiled = _compiled() if _compilable(parameters, points) else None
-    if compiled is None or _better_lifted(parameters, points, compiled):
+    if compiled is not None and _too_long(parameters, compiled):
+        double = parameters.to(torch.float64), points.double()
+        results = _evaluate_shard(*double, score, laplacian, exclude)
+        return [value.to(points.dtype) for value in results]
+    if compiled is None or _few_cells(parameters, points):
         return _by_cells(parameters, points, score, laplacian, exclude)
 
     def otherwise(points: Tensor, centers: Tensor, tril: Tensor, log_scale: Tensor) -> list[Tensor]:
@@ -140,12 +146,13 @@ def _evaluate_shard(
 
 
 def _compilable(parameters: Parameters, points: Tensor) -> bool:
-    """Whether these are plain float32 tensors in memory, of few dimensions, outside of function transforms."""
+    """Whether these are plain tensors in memory, of one dtype and few dimensions, outside of function transforms."""
     parts = (points, *parameters)
     return (
         points.shape[1] <= _LARGEST_COMPILED
         and all(type(part) in (Tensor, torch.nn.Parameter) for part in parts)
-        and all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
+        and points.dtype in _ROUNDING
+        and all(part.dtype == points.dtype and part.device.type == "cpu" for part in parts)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
@@ -153,25 +160,32 @@ def _compilable(parameters: Parameters, points: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _better_lifted(parameters: Parameters, points: Tensor, compiled: Any) -> bool:
-    """Whether differences in float32 would round exponents by more than is allowed, or be the slower way.
+def _too_long(parameters: Parameters, compiled: Any) -> bool:
+    """Whether differences in float32 would round exponents by more than is allowed.
 
     The entries of L' y are rounded by up to the unit roundoff times |L| |y|, where |y| is some multiple of |L^-1|
-    wherever the kernel weighs anything: kernels much longer than wide have to be lifted. And those so wide that
-    all points make but a few cells reach everywhere, so that nothing is left out: then matrix products are faster,
-    if there are many points and no gradient is asked for.
+    wherever the kernel weighs anything: kernels much longer than wide need float64.
     """
     tril = parameters.precision_tril
-    trace = tril.square().sum((1, 2))
-    norm = math.sqrt(float((trace * compiled.square_norms_of_inverses(tril)).max()))
-    if torch.finfo(tril.dtype).eps * norm > _ROUNDING[tril.dtype]:
-        return True
+    if tril.dtype == torch.float64:
+        return False
+    product = tril.square().sum((1, 2)) * compiled.square_norms_of_inverses(tril)
+    return torch.finfo(tril.dtype).eps * math.sqrt(float(product.max())) > _ROUNDING[tril.dtype]
+
+
+@torch.no_grad()
+def _few_cells(parameters: Parameters, points: Tensor) -> bool:
+    """Whether many points make so few cells, in float32, that matrix products are faster than differences.
+
+    Kernels so wide reach everywhere, so that nothing is left out. With gradients, differences stay ahead.
+    """
     differentiable = any(part.requires_grad for part in (points, *parameters))
-    if len(points) < _MANY_POINTS or differentiable or torch.float32 not in _products(tril.dtype):
+    if len(points) < _MANY_POINTS or differentiable or torch.float32 not in _products(points.dtype):
         return False
     low, high = points.aminmax(dim=0)
     reach = 0.5 * float(torch.linalg.vector_norm(high - low))
-    return reach <= _FEW_CELLS * _radius(points, tril.dtype, float(trace.max()))
+    trace = float(parameters.precision_tril.square().sum((1, 2)).max())
+    return reach <= _FEW_CELLS * _radius(points, points.dtype, trace)
 
 
 @functools.cache

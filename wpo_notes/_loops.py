@@ -15,7 +15,8 @@ import math
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 __all__ = ["WIDTH", "backward", "forward", "inverse_norms"]
 
@@ -24,36 +25,63 @@ _QUARTER = WIDTH // 4  # sums in four parts, which the processor adds side by si
 _GROUP = 16  # points that visit a block together, while it is in the cache
 _ZERO, _HALF, _ONE, _TWO = (np.float32(value) for value in (0.0, 0.5, 1.0, 2.0))
 _INFINITY = np.float32(math.inf)
-# A weight is zero below this exponent; exp of it is normal in float32.
-_LEAST = np.float32(-86.0)
-# exp(x) = 2^n exp(r) with n the integer next to x / log 2, which adding _SHIFTER leaves in the last bits, and log 2 split in
-# two so that r is exact.
-_SHIFTER = np.float32(1.5 * 2**23)
-_LOG2_E = np.float32(1 / math.log(2))
-_LOG2_HIGH = np.float32(0.693359375)
-_LOG2_LOW = np.float32(math.log(2) - 0.693359375)
-_INVERSES = tuple(np.float32(1 / k) for k in range(7, 0, -1))
+# exp(x) = 2^n exp(r) with n the integer next to x / log 2, which adding the shifter leaves in the last bits of the sum,
+# and log 2 split in two so that r is exact (float64: Sun's fdlibm, e_exp.c). Taylor's polynomial of r, |r| < 0.35, has
+# the terms that the dtype can see. Below the least exponent, where exp comes near the denormals, a weight is zero.
+_LOG2_E32, _HIGH32, _LOW32 = (
+    np.float32(value) for value in (1 / math.log(2), 0.693359375, math.log(2) - 0.693359375)
+)
+_SHIFTER32, _LEAST32 = np.float32(1.5 * 2**23), np.float32(-86.0)
+_INVERSES32 = tuple(np.float32(1 / k) for k in range(7, 0, -1))
+_LOG2_E64, _HIGH64, _LOW64 = 1 / math.log(2), 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_SHIFTER64, _LEAST64 = 1.5 * 2**52, -700.0
+_INVERSES64 = tuple(1 / k for k in range(13, 0, -1))
 # Sums may be reordered, which vector instructions need; NaN and infinity are respected.
 _FAST = {"contract", "reassoc", "nsz"}
 
 
-@njit(fastmath={"contract"}, cache=True)
 @no_type_check
 def _exp(given):
-    """exp(x) for x <= 0 within 1e-7, relative; zero below _LEAST. Taylor's polynomial, in vector instructions."""
-    x = given if given > _LEAST else _LEAST
-    shifted = x * _LOG2_E + _SHIFTER
-    n = shifted - _SHIFTER
-    r = x - n * _LOG2_HIGH - n * _LOG2_LOW
+    """exp(x) for x <= 0 to the dtype's precision, in vector instructions; compiled code takes one of the next two."""
+
+
+@overload(_exp, jit_options={"fastmath": {"contract"}})
+@no_type_check
+def _exp_of_dtype(given):
+    return _exp32 if given == types.float32 else _exp64
+
+
+@no_type_check
+def _exp32(given):
+    x = given if given > _LEAST32 else _LEAST32
+    shifted = x * _LOG2_E32 + _SHIFTER32
+    n = shifted - _SHIFTER32
+    r = x - n * _HIGH32 - n * _LOW32
     value = _ONE
     for inverse in range(7):
-        value = value * (r * _INVERSES[inverse]) + _ONE
+        value = value * (r * _INVERSES32[inverse]) + _ONE
     # multiplied by 2^n in the bits of the exponent
     bits = np.int32(
         np.float32(value).view(np.int32) + np.int32(np.float32(shifted).view(np.int32) << 23)
     )
     result = np.int32(bits).view(np.float32)
-    return result if given > _LEAST else (_ZERO if given <= _LEAST else given)
+    return result if given > _LEAST32 else (_ZERO if given <= _LEAST32 else given)
+
+
+@no_type_check
+def _exp64(given):
+    x = given if given > _LEAST64 else _LEAST64
+    shifted = x * _LOG2_E64 + _SHIFTER64
+    n = shifted - _SHIFTER64
+    r = x - n * _HIGH64 - n * _LOW64
+    value = 1.0
+    for inverse in range(13):
+        value = value * (r * _INVERSES64[inverse]) + 1.0
+    bits = np.int64(
+        np.float64(value).view(np.int64) + np.int64(np.float64(shifted).view(np.int64) << 52)
+    )
+    result = np.int64(bits).view(np.float64)
+    return result if given > _LEAST64 else (0.0 if given <= _LEAST64 else given)
 
 
 @njit(fastmath=_FAST, cache=True)
@@ -173,8 +201,8 @@ def _visit(x, block, own, cutoff, averages, state, scratch, out, dims):
 @no_type_check
 def forward(points, blocks, bounds, exclude, cutoff, averages, states, dims):
     d = len(dims)
-    scratch = np.empty((d + 1) * WIDTH, dtype=np.float32)
-    out = np.empty((d + 1) * WIDTH, dtype=np.float32)
+    scratch = np.empty((d + 1) * WIDTH, dtype=points.dtype)
+    out = np.empty((d + 1) * WIDTH, dtype=points.dtype)
     first = np.empty(_GROUP, dtype=np.int64)
     for start in range(0, len(points), _GROUP):
         count = min(_GROUP, len(points) - start)
@@ -269,10 +297,10 @@ def backward(
     dims,
 ):
     d = len(dims)
-    scratch = np.empty((d + 1) * WIDTH, dtype=np.float32)
-    out = np.empty((d + 1) * WIDTH, dtype=np.float32)
-    moved = np.empty(d * WIDTH, dtype=np.float32)
-    ones = np.ones(WIDTH, dtype=np.float32)
+    scratch = np.empty((d + 1) * WIDTH, dtype=points.dtype)
+    out = np.empty((d + 1) * WIDTH, dtype=points.dtype)
+    moved = np.empty(d * WIDTH, dtype=points.dtype)
+    ones = np.ones(WIDTH, dtype=points.dtype)
     for b in range(len(blocks)):
         block = blocks[b]
         for i in range(len(points)):
@@ -308,7 +336,7 @@ def backward(
 def inverse_norms(tril, out, dims):
     """Squared Frobenius norms of the inverses of lower triangular matrices (N, d, d), by forward substitution."""
     d = len(dims)
-    column = np.empty(d, dtype=np.float32)
+    column = np.empty(d, dtype=tril.dtype)
     for i in range(len(tril)):
         total = _ZERO
         for c in range(d):
