@@ -64,6 +64,8 @@ def conditional_blocks(mixture: GaussianMixture, dims: tuple[int, int]) -> Gauss
 
     A sub-block of a precision is that of the kernel *given* its other coordinates: too narrow.
     """
-    rows = mixture.precision_tril[:, dims]
-    tril = torch.linalg.cholesky(rows @ rows.mT)
+    # The factor of rows rows' without the product, whose condition number would be the square of that of the rows.
+    upper = torch.linalg.qr(mixture.precision_tril[:, dims].mT).R
+    signs = upper.diagonal(dim1=-2, dim2=-1).sign()
+    tril = upper.mT * signs[:, None, :]
     return GaussianMixture(mixture.centers[:, dims], tril, log_weights=mixture.log_weights)
