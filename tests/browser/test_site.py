@@ -327,6 +327,44 @@ def test_check_finds(check: str, body: str, contexts):
     page.close()
 
 
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        (
+            "addEventListener('beforeprint', () => { document.documentElement.dataset.theme = 'dark'; })",
+            "is printed in the dark theme",
+        ),
+        (
+            "addEventListener('afterprint', () => { document.documentElement.dataset.theme = 'light'; })",
+            "stays in the light theme",
+        ),
+        ("add(`<div style='width: 900px'>wide</div>`)", "px sideways"),
+        (f"add(`<div class='animation'><img src='{PIXEL}' alt=''></div>`)", "or not its still"),
+        (
+            f"add(`<div class='animation'><img src='{PIXEL}' alt='' data-still>"
+            "<button style='display: block !important'>Play</button></div>`)",
+            "controls are printed",
+        ),
+    ],
+)
+def test_check_of_print_finds(script: str, problem: str, visit):
+    page, problems = visit("genindex.html", 1280, "light")
+    check_print("as built", page, problems)
+    page.evaluate(
+        """script => {
+          const article = document.querySelector(".bd-article");
+          const add = body => article.insertAdjacentHTML("beforeend", body);
+          eval(script);
+        }""",
+        script,
+    )
+    with pytest.raises(AssertionError, match=problem):
+        check_print("changed", page, problems)
+
+
 def test_visit_notes_requests_and_errors(visit):
     page, problems = visit("search.html", 390, "light")
     page.evaluate("fetch('http://elsewhere.example/').catch(() => fetch('/missing'))")
