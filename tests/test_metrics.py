@@ -316,6 +316,20 @@ def test_memorisation_of_fresh_draws_copies_and_noisy_copies():
     assert noisy.nearest_distance == sorted(noisy.nearest_distance)
 
 
+def test_neighbours_of_far_samples():
+    # Near the points, beyond them, and so far that distances differ in their last digits: all distances, sorted.
+    training = cloud(500, 0)
+    samples = torch.cat([cloud(20, 1), 10 * cloud(20, 2), 1e8 * cloud(20, 3)])
+    every = torch.cdist(samples, training, compute_mode="donot_use_mm_for_euclid_dist")
+    first, second = every.topk(2, largest=False).values.T
+    spacing = torch.cdist(training, training).topk(2, largest=False).values[:, 1]
+    panel = memorisation(samples, training, cloud(20, 4))
+    assert panel.share_near == float((first < second / 3).double().mean())
+    assert panel.authenticity == float((first > spacing[every.argmin(1)]).double().mean())
+    quantiles = first.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=first.dtype)).tolist()
+    assert panel.nearest_distance == pytest.approx(quantiles, rel=1e-12)
+
+
 def test_copying_score_is_normal_for_fresh_draws():
     scores = [
         memorisation(cloud(100, 3 * k), cloud(300, 3 * k + 1), cloud(100, 3 * k + 2)).copying_score
