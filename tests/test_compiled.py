@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -251,3 +254,32 @@ def test_without_numba_the_result_is_the_same(monkeypatch):
 def test_no_points():
     values = make(5, 2, dtype=torch.float32)._evaluate(torch.zeros(0, 2), score=True)
     assert [value.shape for value in values] == [(0,), (0, 2)]
+
+
+IN_A_PROCESS = """
+import hashlib, torch
+from wpo_notes._evaluation import Parameters, evaluate
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(64, 6, generator=generator)
+centers = torch.cat([x[:16], torch.randn(2000, 6, generator=generator)]).requires_grad_()
+tril = 2 * torch.eye(6) + 0.6 * torch.randn(2016, 6, 6, generator=generator).tril(-1)
+exclude = torch.where(torch.arange(64) < 16, torch.arange(64), -1)
+given = Parameters(centers, tril, torch.zeros(2016))
+values = evaluate(given, x, score=True, laplacian=True, exclude=exclude)
+found = [*values, *torch.autograd.grad(values[2].sum() - values[1].square().sum(), centers)]
+assert all(part.isfinite().all() for part in found)
+print(hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in found)).hexdigest())
+"""
+
+
+def test_compiled_here_or_before_gives_the_same_bits(tmp_path):
+    # A killed run goes on in a process that finds the code of the first in Numba's cache.
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IN_A_PROCESS]
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert list(tmp_path.rglob("*.nbc"))  # the second loaded what the first compiled
+    assert len(first) == 65
+    assert first == second

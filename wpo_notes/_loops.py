@@ -38,6 +38,8 @@ _SHIFTER64, _LEAST64 = 1.5 * 2**52, -700.0
 _INVERSES64 = tuple(1 / k for k in range(13, 0, -1))
 # Sums may be reordered, which vector instructions need; NaN and infinity are respected.
 _FAST = {"contract", "reassoc", "nsz"}
+# What `forward` and `backward` call is inlined in them: else a process that compiles may take other copies of it, which round
+# in another order, than one that loads the two from Numba's cache.
 
 
 @no_type_check
@@ -84,7 +86,7 @@ def _exp64(given):
     return result if given > _LEAST64 else (0.0 if given <= _LEAST64 else given)
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=_FAST, forceinline=True)
 @no_type_check
 def _exponents(x, block, scratch, dims):
     """u into the scratch's first d rows, and the exponents into the next."""
@@ -102,7 +104,7 @@ def _exponents(x, block, scratch, dims):
         scratch[d * WIDTH + j] = block[scale + j] - _HALF * square
 
 
-@njit(fastmath=_FAST | {"nnan"}, cache=True)
+@njit(fastmath=_FAST | {"nnan"}, forceinline=True)
 @no_type_check
 def _largest(scratch, dims):
     """Largest exponent; NaN is looked for elsewhere."""
@@ -116,7 +118,7 @@ def _largest(scratch, dims):
     return max(max(a, b), max(c, e))
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=_FAST, forceinline=True)
 @no_type_check
 def _weights(scratch, top, dims):
     """exp(exponent - top) in place of the exponents, and their sum."""
@@ -129,7 +131,7 @@ def _weights(scratch, top, dims):
     return total
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=_FAST, forceinline=True)
 @no_type_check
 def _pulled(block, scratch, out, dims):
     """p = L u into the first d rows of `out`, and |p|^2 - Tr Gamma into the next."""
@@ -147,7 +149,7 @@ def _pulled(block, scratch, out, dims):
         out[d * WIDTH + j] = bracket
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=_FAST, forceinline=True)
 @no_type_check
 def _product(weights, row):
     """Sum over the block of the weights times a row."""
@@ -160,7 +162,7 @@ def _product(weights, row):
     return (a + b) + (c + e)
 
 
-@njit(fastmath={"contract"}, cache=True)
+@njit(fastmath={"contract"}, forceinline=True)
 @no_type_check
 def _upper(x, bound, dims):
     """Upper bound of a block's exponents at x, from its box: see `_bounds`."""
@@ -172,7 +174,7 @@ def _upper(x, bound, dims):
     return bound[2 * d] - bound[2 * d + 1] * square
 
 
-@njit(fastmath={"contract"}, cache=True)
+@njit(fastmath={"contract"}, forceinline=True)
 @no_type_check
 def _visit(x, block, own, cutoff, averages, state, scratch, out, dims):
     """Add a block to a point's state: largest exponent, sum of weights, of weighted p, of weighted brackets."""
@@ -235,7 +237,7 @@ def forward(points, blocks, bounds, exclude, cutoff, averages, states, dims):
                 _visit(x, blocks[b], own, cutoff, averages, state, scratch, out, dims)
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=_FAST, forceinline=True)
 @no_type_check
 def _push(x, block, scratch, out, moved, to_block, shift, to_score, to_ratio, dims):
     """Add a point's gradients with respect to a block; those of y into the first rows of `moved`.
