@@ -377,7 +377,7 @@ def _two_nearest(tree: KDTree, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distances to the two nearest points of the tree, (n, 2), and the nearest one's index, (n,).
 
     A model that has broken down has samples far from all points. There nearly all are candidates, and one pass over
-    them is several times faster than the tree.
+    them is faster than the tree.
     """
     distance, index = np.empty((len(x), 2)), np.empty(len(x), dtype=np.intp)
     outside = np.linalg.norm(x - x.clip(tree.mins, tree.maxes), axis=1)

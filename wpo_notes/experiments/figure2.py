@@ -13,7 +13,7 @@ from wpo_notes.experiments.denoising import DenoisingRun
 from wpo_notes.experiments.kernel import KernelRun
 from wpo_notes.experiments.runs import Case
 
-__all__ = ["KINDS", "cases", "denoising_cases", "kernel_cases", "kind"]
+__all__ = ["KERNELS", "KINDS", "cases", "denoising_cases", "kernel_cases", "kernel_name", "kind"]
 
 # Section 5.1: 5e4 training points, 5000 of them centres, 5e4 steps of batch 64.
 _KERNEL = {
@@ -37,7 +37,7 @@ _DENOISING = {
 _RATES = {"paper": (1e-3, 1e-2), "quick": ()}
 # How the centres are scored, and the schedule of the learning rate, of which the paper names none. At a constant rate most
 # runs leave their good values, also with the centres left out; at a falling one fewer do.
-_KERNELS = {
+KERNELS = {
     "paper": (
         ("leave one out", "cosine"),
         ("leave one out", "constant"),
@@ -64,12 +64,17 @@ def kernel_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[
     return [
         Case(
             "figure2",
-            f"{name}-{mode.replace(' ', '-')}{'-cosine' * (schedule == 'cosine')}-seed{seed}",
+            f"{name}-{kernel_name(mode, schedule, seed)}",
             KernelRun(data=name, mode=mode, schedule=schedule, seed=seed, **_KERNEL[scale]),
         )
-        for mode, schedule in _KERNELS[scale]
+        for mode, schedule in KERNELS[scale]
         for name in ((data,) if data else PLANAR)
     ]
+
+
+def kernel_name(mode: str, schedule: str, seed: int) -> str:
+    """How the names of a kernel model's runs end."""
+    return f"{mode.replace(' ', '-')}{'-cosine' * (schedule == 'cosine')}-seed{seed}"
 
 
 def kind(settings: Mapping[str, Any]) -> str:

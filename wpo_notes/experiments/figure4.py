@@ -9,6 +9,7 @@ from itertools import combinations
 
 import torch
 
+from wpo_notes.experiments import figure2
 from wpo_notes.experiments.kernel import KernelRun
 from wpo_notes.experiments.runs import Case
 from wpo_notes.mixture import GaussianMixture
@@ -34,28 +35,19 @@ _SETTINGS = {
         "measured": 1000,
     },
 }
-# How the centres are scored, and the schedule of the learning rate, as for Figure 2.
-_KERNELS = {
-    "paper": (
-        ("leave one out", "cosine"),
-        ("leave one out", "constant"),
-        ("literal", "constant"),
-    ),
-    "quick": (("leave one out", "constant"),),
-}
 
 
 def cases(scale: str, *, seed: int = 0) -> list[Case]:
-    """The runs: with the centres left out and (at paper scale) as printed, which Figure 2's `kind` tells apart."""
+    """The runs, of the same kinds as Figure 2's."""
     return [
         Case(
             "figure4",
-            f"{mode.replace(' ', '-')}{'-cosine' * (schedule == 'cosine')}-seed{seed}",
+            figure2.kernel_name(mode, schedule, seed),
             KernelRun(
                 data="swissroll6d", mode=mode, schedule=schedule, seed=seed, **_SETTINGS[scale]
             ),
         )
-        for mode, schedule in _KERNELS[scale]
+        for mode, schedule in figure2.KERNELS[scale]
     ]
 
 
