@@ -48,8 +48,8 @@ def evaluation(n: int, m: int, d: int, name: str, threads: int) -> dict:
     mixture, x = problem(n, m, d)
     way, fewer = ways(mixture)[name]
     points = x[: max(_CHECKED // 4, m // fewer)]
-    # Imports and the libraries' own buffers are not the evaluation's: a first call on few points.
-    way(points[:2])
+    # Imports, and the pages of the libraries' code and buffers, are not the evaluation's: a call that does not count.
+    way(points)
     memory = peak_megabytes(lambda: way(points))
     time_ = milliseconds(lambda: way(points), 3.0) * m / len(points)
     # of the evaluation that was timed: one of fewer points may take another way

@@ -27,6 +27,7 @@ from torch.distributions import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.ways import problem
 from wpo_notes import _attention, _evaluation, metrics
 from wpo_notes.mixture import ExpandedMixture, GaussianMixture
 
@@ -385,19 +386,34 @@ def test_leaving_centres_out_changes_no_value_and_no_gradient(name, monkeypatch)
 
 
 @pytest.mark.usefixtures("by_cells")
-def test_outliers_go_to_the_next_precision():
+def test_few_outliers_have_cells_of_their_own():
     near = 0.1 * torch.rand(1000, 2, generator=seeded())
     far = torch.tensor([[50.0, 0.0], [0.0, 80.0]])
     x = torch.cat([near[:400], far, near[400:]])
     sizes = cell_sizes(x, 0.02)
-    assert {dtype for dtype, *_ in sizes} == {torch.float32, F64}
-    assert sizes[-1][:2] == (F64, True)
-    assert sizes[-1][2] * sizes[-1][3] < 300
+    assert {dtype for dtype, *_ in sizes} == {torch.float32}
+    assert sum(cells for _, _, cells, _ in sizes) <= 4 * len(x) // _evaluation._SMALLEST_CELL
     mixture = GaussianMixture.from_variance(torch.cat([near[:50], far]), 0.02**2)
     for got, expected in zip(
         mixture._evaluate(x, score=True), differences(mixture, x), strict=False
     ):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_kernels_along_a_curve_in_many_dimensions_stay_in_float32(d):
+    mixture, x = problem(500, 4000, d)
+    sides = _evaluation._Sides(mixture._parameters, score=False, laplacian=False)
+    kept = []
+    for cells in _evaluation._cells(x, sides, truncate=True):
+        assert cells.dtype == torch.float32
+        for part, own in sides[cells.dtype, cells.lifted].parts(cells, x):
+            kept.append((own >= 0).sum(1).double().repeat_interleave(part.index.shape[1]))
+    assert float(torch.cat(kept).mean()) < 0.2 * len(mixture.centers)
+    log_prob, score, _ = differences(mixture, x[:500])
+    found = mixture.log_prob_and_score(x)
+    torch.testing.assert_close(found[0][:500].double(), log_prob, atol=1e-5, rtol=3e-7)
+    assert relative(found[1][:500].double(), score) < 1e-5
 
 
 def test_reduced_matrix_products_are_not_used():

@@ -39,12 +39,12 @@ __all__ = ["TRUNCATION", "Parameters", "evaluate", "exponents", "merged"]
 
 # Bound on the rounding error of an exponent, in nats, up to which it is multiplied out.
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
-# Cells are halved down to this many points: each lifts all centres anew.
+# Cells are halved down to this many points, and further only if that makes few more cells: each lifts centres anew.
 _SMALLEST_CELL = 128
 # Share of the density at a point up to which centres may be left out, all together.
 TRUNCATION = {torch.float32: 1e-12, torch.float64: 1e-24}
-# Cells reach about so many times as far as the median kernel, if the points extend so many times further still.
-_REACH, _EXTENT = 3, 8
+# Cells reach about so many times as far as the median kernel, where there are others too far away to contribute.
+_REACH = 3
 # Cells are evaluated one by one where no more than this share of the centres remains.
 _WORTH_TRUNCATING = 0.5
 # This many numbers of the centres' side, keys and values, are made at a time if there are many cells.
@@ -300,9 +300,13 @@ def _worthwhile_reach(points: Tensor, side: _Lifted) -> float:
     """Reach of cells that few centres contribute to; infinite where all points are about as close to each other."""
     if len(points) <= _SMALLEST_CELL:
         return math.inf
-    reach = _REACH * float(side.least_eigenvalue.median()) ** -0.5
-    extent = float((points.amax(0) - points.amin(0)).max())
-    return reach if extent > _EXTENT * reach else math.inf
+    width = float(side.least_eigenvalue.median()) ** -0.5
+    reach = _REACH * width
+    # where a Gaussian's density is below the share that counts of that at its typical point, |x|^2 / width^2 = d
+    cutoff = math.sqrt(points.shape[1] - 2 * math.log(TRUNCATION[points.dtype]))
+    middle = 0.5 * (points.amax(0) + points.amin(0))
+    extent = float(torch.linalg.vector_norm(points - middle, dim=1).max())
+    return reach if extent > reach + width * cutoff else math.inf
 
 
 def _too_coarse(points: Tensor, dtype: torch.dtype, sides: _Sides) -> bool:
@@ -334,10 +338,11 @@ def _small_cells(
     """Halve cells (C, m), each across its longest side, until they reach no further than a radius.
 
     They are halved on until they reach no further than `reach` as long as they have points enough. Returns
-    groups of cells of equal size, the points' indices (C, m) and the origins (C, d), and the cells that have
-    too few points to be halved and still reach further than the radius.
+    groups of cells of equal size, the points' indices (C, m) and the origins (C, d), and the cells that still
+    reach further than the radius when there would be too many of them.
     """
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
+    most = 4 * len(points) // _SMALLEST_CELL
     while True:
         local = points[index]
         low, high = local.aminmax(dim=1)
@@ -350,7 +355,9 @@ def _small_cells(
         if bool(small.any()):
             found.append((index[small], origin[small]))
         index, local, extent = index[~small], local[~small], extent[~small]
-        if not len(index) or count <= _SMALLEST_CELL:
+        # cells that there would be, and those that all the rest would make one by one
+        cells = 2 * len(index) + sum(len(origin) for _, origin in found)
+        if not len(index) or (count <= _SMALLEST_CELL and min(cells, index.numel()) > most):
             return found, index
         along = local.gather(2, extent.argmax(1)[:, None, None].expand(-1, count, 1))[..., 0]
         index = index.gather(1, along.argsort(1))
@@ -414,7 +421,8 @@ class _Lifted:
         """Lower bound on each precision's least eigenvalue, (N,)."""
         identity = torch.eye(self.tril.shape[1], dtype=self.tril.dtype, device=self.tril.device)
         inverse = torch.linalg.solve_triangular(self.tril.detach(), identity, upper=False)
-        return 1 / inverse.square().sum((1, 2))
+        # its Frobenius norm bounds the covariance's largest eigenvalue, far better than the trace in many dimensions
+        return 1 / torch.linalg.matrix_norm(inverse.mT @ inverse)
 
     def parts(self, cells: _Cells, points: Tensor | None) -> Iterator[tuple[_Cells, Tensor | None]]:
         """Cells to evaluate together, and which centres contribute there, (C, K): all if None, and if points is.
@@ -443,8 +451,9 @@ class _Lifted:
 
         In a cell, let l be the least exponent of the centre next to o, over the points. At each point the
         density is then at least :math:`e^l`. A centre's exponent is :math:`b_i - |L_i^T(x - Z_i)|^2 / 2`, with
-        :math:`b_i` the log of weight times normalisation, and :math:`|L_i^T v| \ge |v| / \|L_i^{-1}\|_F`; so by the
-        triangle inequality it is at most :math:`u_i = b_i - (|o - Z_i| - r)_+^2 / 2\|L_i^{-1}\|_F^2`. Those with
+        :math:`b_i` the log of weight times normalisation, and :math:`|L_i^T v|^2 \ge |v|^2 / \|\Sigma_i\|_F` for the
+        covariance :math:`\Sigma_i`; so by the triangle inequality it is at most
+        :math:`u_i = b_i - (|o - Z_i| - r)_+^2 / 2\|\Sigma_i\|_F`. Those with
         :math:`u_i < l + \log(\epsilon / N)` are, all together, less than the share :math:`\epsilon` of the density.
         """
         reach = torch.linalg.vector_norm(points - origin[:, None], dim=2).amax(1, keepdim=True)
