@@ -1,12 +1,21 @@
-"""Shared by the unit tests: settings of the property tests, and a switch for the shape checks."""
+"""Shared by the unit tests: settings of the property tests, and the checks of shapes with a switch for them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import jaxtyping
 import matplotlib as mpl
 import pytest
 import torch
 from hypothesis import settings
+
+# Shapes and types are checked at each call of what is public, where they are promised. Checking calls between
+# private modules too, which mypy reads, would take most of the time that the tests take.
+PUBLIC = [
+    f"wpo_notes.{path.stem}" for path in (Path(__file__).parents[1] / "wpo_notes").glob("[!_]*.py")
+]
+jaxtyping.install_import_hook(PUBLIC, "typechecking.check")
 
 mpl.use("Agg")
 # One thread: the tests run side by side, and spinning threads slow each other down.

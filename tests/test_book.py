@@ -223,7 +223,8 @@ def tiny_chapters(pytester: pytest.Pytester) -> pytest.Pytester:
     shutil.copy(ROOT / "conftest.py", pytester.path)
     shutil.copy(BOOK / "_ext" / "executed.py", pytester.path / "book" / "_ext")
     shutil.copy(ROOT / "requirements.txt", pytester.path)
-    pytester.makeini("[pytest]\npythonpath = book/_ext\n")
+    # without what takes long to import and is not used there
+    pytester.makeini("[pytest]\npythonpath = book/_ext\naddopts = -p no:hypothesispytest\n")
     return pytester
 
 

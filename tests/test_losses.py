@@ -1,5 +1,6 @@
 """Score-matching objectives against automatic differentiation, quadrature and each other."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -20,6 +21,11 @@ def random_mixture(n, d, seed=0, dtype=torch.float64):
     return GaussianMixture(
         centers, tril + torch.diag_embed(diagonal), log_weights=log_weights, validate_args=False
     )
+
+
+def test_shapes_are_checked_where_they_are_promised():
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"x[\s\S]*Float"):
+        implicit_score_matching(random_mixture(3, 2), torch.zeros(2))
 
 
 @pytest.mark.parametrize("d", [1, 2, 5])
@@ -44,7 +50,7 @@ def test_explicit_minus_implicit_is_the_data_s_fisher_information():
     data, model = random_mixture(4, 1, seed=2), random_mixture(3, 1, seed=3)
     x, weight = quadrature(data)
     explicit = (weight * (model.score(x) - data.score(x)).square()[:, 0]).sum()
-    pointwise = torch.stack([implicit_score_matching(model, point[None]) for point in x])
+    pointwise = torch.func.vmap(lambda point: implicit_score_matching(model, point[None]))(x)
     implicit = (weight * pointwise).sum()
     fisher = (weight * data.score(x).square()[:, 0]).sum()
     torch.testing.assert_close(explicit - implicit, fisher, rtol=1e-9, atol=1e-9)
