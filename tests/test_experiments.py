@@ -467,6 +467,14 @@ def test_list_has_a_command_for_every_case(capsys):
     assert sum(line.rpartition(" ")[2] in names for line in lines) == len(names)
 
 
+def test_list_stops_quietly_when_nobody_reads_on():
+    command = [sys.executable, "-m", "wpo_notes", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,4 +111,10 @@ def _line(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # A reader like `head` has had enough. Python would write the rest at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
