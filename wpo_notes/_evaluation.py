@@ -8,8 +8,8 @@ so log-density, score and Laplacian are softmax attention (eq. (34)), and no ten
 (points, centres, d) exists. Multiplied out like this, the quadratic form cancels in floating point:
 its absolute error is about :math:`\varepsilon\, r^2\, \lambda_{\max}(\Gamma) / \sqrt d` for points within r of
 the origin (the roundings of the d squares have random signs). The points are therefore grouped into cells,
-each lifted about an origin of its own, until that bound is small; those for which cells would become too
-small are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is
+each lifted about an origin of its own, until that bound is small; points that would make too many cells
+are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is
 :math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in float32, prefer float64 where the ratio of
 axes exceeds a few hundred.
 
