@@ -394,10 +394,11 @@ def test_few_outliers_have_cells_of_their_own():
     assert {dtype for dtype, *_ in sizes} == {torch.float32}
     assert sum(cells for _, _, cells, _ in sizes) <= 4 * len(x) // _evaluation._SMALLEST_CELL
     mixture = GaussianMixture.from_variance(torch.cat([near[:50], far]), 0.02**2)
-    for got, expected in zip(
-        mixture._evaluate(x, score=True), differences(mixture, x), strict=False
-    ):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=3e-5)
+    log_prob, score, _ = differences(mixture, x)
+    found = mixture._evaluate(x, score=True)
+    torch.testing.assert_close(found[0].double(), log_prob, rtol=0, atol=1e-5)
+    # relative to the largest, about 60: at the outliers, which are centres, the score is zero
+    assert float((found[1].double() - score).abs().max()) < 1e-6 * float(score.abs().max())
 
 
 @pytest.mark.parametrize("d", [16, 64])
@@ -412,7 +413,9 @@ def test_kernels_along_a_curve_in_many_dimensions_stay_in_float32(d):
     assert float(torch.cat(kept).mean()) < 0.2 * len(mixture.centers)
     log_prob, score, _ = differences(mixture, x[:500])
     found = mixture.log_prob_and_score(x)
-    torch.testing.assert_close(found[0][:500].double(), log_prob, atol=1e-5, rtol=3e-7)
+    # 1e-5 for the lifted form, and the rounding of values near 180 (d = 64), twice: of a sum, and of its parts
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found[0][:500].double(), log_prob, atol=1e-5, rtol=2 * eps)
     assert relative(found[1][:500].double(), score) < 1e-5
 
 
