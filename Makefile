@@ -27,7 +27,7 @@ setup: $(READY)  ## create .venv with the pinned requirements and the package
 $(READY): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --requirement requirements.txt
+	$(PIP) --no-compile --requirement requirements.txt
 	$(PIP) --no-deps --editable .
 	@touch $@
 

@@ -230,7 +230,7 @@ def test_archive_is_repeatable_and_holds_the_files() -> None:
     paths = [BOOK / "claims.toml", ROOT / "pyproject.toml"]
     first = portable.archive(paths)
     assert portable.archive(paths) == first
-    assert max(map(len, first.splitlines())) == 120
+    assert max(map(len, first.splitlines())) == 76  # as RFC 2045 has it
     with tarfile.open(fileobj=io.BytesIO(b64decode(first)), mode="r:xz") as file:
         assert file.getnames() == ["book/claims.toml", "pyproject.toml"]
         assert file.extractfile("pyproject.toml").read() == paths[1].read_bytes()

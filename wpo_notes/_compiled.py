@@ -10,6 +10,7 @@ the result on disk.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from wpo_notes._evaluation import TRUNCATION
 from wpo_notes._loops import WIDTH, backward, forward, inverse_norms
@@ -62,18 +62,17 @@ class _Evaluation(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         points, centers, tril, log_scale, exclude, averages, ctx.otherwise = inputs
         least, blocks = _WORTH_ORDERING
-        ctx.ordered = len(points) >= least and len(centers) >= blocks * WIDTH
-        sides = _Blocks(centers, tril, log_scale, exclude, ctx.ordered)
+        ordered = len(points) >= least and len(centers) >= blocks * WIDTH
+        ctx.sides = sides = _Blocks(centers, tril, log_scale, exclude, ordered)
         d = points.shape[1]
         states = points.new_zeros(len(points), d + 3)
         states[:, 0] = -math.inf
 
-        arrays = _arrays(points, sides.exclude, states)
-        centers_ = _arrays(sides.blocks, sides.bounds)
+        x, own = _arrays(points, states)
 
         def work(start: int, end: int) -> None:
-            x, left_out, own = (part[start:end] for part in arrays)
-            forward(x, *centers_, left_out, sides.cutoff, averages, own, (0,) * d)
+            of_points = sides.exclude[start:end], sides.cutoff, averages, own[start:end]
+            forward(x[start:end], sides.blocks, sides.bounds, *of_points, (0,) * d)
 
         _in_threads(work, len(points), len(points) * len(centers))
         total = states[:, 1]
@@ -87,28 +86,25 @@ class _Evaluation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, exclude, log_prob, score, ratio = ctx.saved_tensors
+        *inputs, _exclude, log_prob, score, ratio = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates this pass too
             return *_differentiable(ctx, inputs, gradients), None, None, None
-        points, centers, tril, log_scale = (part.detach() for part in inputs)
-        sides = _Blocks(centers, tril, log_scale, exclude, ctx.ordered)
+        sides = ctx.sides
         to_log_prob, to_score, to_ratio = gradients
         shift = to_log_prob - (to_score * score).sum(1) - to_ratio * ratio
-        to_blocks = torch.zeros_like(sides.blocks)
-        x, left_out, *of_points = _arrays(
-            points, sides.exclude, log_prob, shift, to_score, to_ratio
-        )
-        of_blocks = _arrays(sides.blocks, sides.bounds, to_blocks)
+        to_blocks = np.zeros_like(sides.blocks)
+        x, *of_points = _arrays(inputs[0], log_prob, shift, to_score, to_ratio)
+        of_blocks = sides.blocks, sides.bounds, to_blocks
 
         def work(start: int, end: int) -> np.ndarray:
             blocks, bounds, to = (part[start:end] for part in of_blocks)
             share = np.zeros_like(x)
-            own = left_out - start * WIDTH
+            own = sides.exclude - start * WIDTH
             rest = (*of_points, share, to, (0,) * x.shape[1])
             backward(x, blocks, bounds, own, sides.cutoff, *rest)
             return share
 
-        shares = _in_threads(work, len(sides.blocks), len(points) * len(centers))
+        shares = _in_threads(work, len(sides.blocks), len(x) * sides.shape[0])
         to_points = torch.from_numpy(sum(shares))
         return to_points, *sides.unpacked(to_blocks), None, None, None
 
@@ -137,42 +133,42 @@ def _differentiable(
 
 
 class _Blocks:
-    """Centres in blocks (B, rows * width), with bounds (B, 2 d + 2) of what each can contribute."""
+    """Centres in blocks (B, rows * width), with bounds (B, 2 d + 2) of what each can contribute.
+
+    In NumPy, which takes a fraction of PyTorch's time for a call: with few centres, calls are most of a step.
+    """
 
     def __init__(
         self, centers: Tensor, tril: Tensor, log_scale: Tensor, exclude: Tensor, ordered: bool
     ) -> None:
-        n, d = centers.shape
-        self.shape = n, d
-        row, column = torch.tril_indices(d, d, device=tril.device)
-        self.entries = d * row + column
-        packed = tril.flatten(1).index_select(1, self.entries)
-        numbers = torch.cat([centers, packed, log_scale[:, None]], 1)
-        self.nan = 0 * float(numbers[:, :-1].sum()) + 0 * float(
-            log_scale.nan_to_num(math.nan, 0, 0).sum()
-        )
-        self.order = None
-        self.exclude = exclude
-        if ordered:
-            self.order = _z_order(centers)
-            numbers = numbers[self.order]
-            rank = torch.empty_like(self.order)
-            rank[self.order] = torch.arange(n, device=rank.device)
-            self.exclude = torch.where(exclude >= 0, rank[exclude.clamp(min=0)], -1)
-        missing = -n % WIDTH
-        numbers = pad(numbers, (0, 0, 0, missing))
+        self.shape = n, d = tuple(centers.shape)
+        self.entries = _lower_entries(d)
+        centers_, tril_, log_scale_, self.exclude = _arrays(centers, tril, log_scale, exclude)
+        dtype = centers_.dtype
+        # the last block is filled up with centres of no weight
+        numbers = np.zeros((n + -n % WIDTH, d + len(self.entries) + 1), dtype)
+        numbers[:n, :d] = centers_
+        numbers[:n, d:-1] = tril_.reshape(n, d * d)[:, self.entries]
+        numbers[:n, -1] = log_scale_
         numbers[n:, -1] = -math.inf
-        numbers = numbers.unflatten(0, (-1, WIDTH))
-        self.blocks = numbers.mT.flatten(1).contiguous()
-        self.cutoff = self.blocks.new_tensor(math.log(n / TRUNCATION[tril.dtype])).numpy()[()]
-        self.bounds = self._bounds(numbers, tril) if ordered else self._no_bounds()
+        finite = np.isfinite(numbers[:, :-1]).all() and not np.isnan(log_scale_).any()
+        self.nan = 0.0 if finite else math.nan
+        self.order = None
+        if ordered:
+            self.order = _z_order(centers).numpy()
+            numbers[:n] = numbers[self.order]
+            rank = np.empty_like(self.order)
+            rank[self.order] = np.arange(n)
+            self.exclude = np.where(self.exclude >= 0, rank[self.exclude], -1)
+        blocks = numbers.reshape(-1, WIDTH, numbers.shape[1])
+        self.blocks = np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(len(blocks), -1)
+        self.cutoff = dtype.type(math.log(n / TRUNCATION[tril.dtype]))
+        self.bounds = np.zeros((len(blocks), 2 * d + 2), dtype)
+        self.bounds[:, -2] = math.inf
+        if ordered:
+            self._bound(blocks, tril)
 
-    def _no_bounds(self) -> Tensor:
-        bounds = self.blocks.new_zeros(len(self.blocks), 2 * self.shape[1] + 2)
-        bounds[:, -2] = math.inf
-        return bounds
-
-    def _bounds(self, numbers: Tensor, tril: Tensor) -> Tensor:
+    def _bound(self, blocks: np.ndarray, tril: Tensor) -> None:
         r"""Box, largest log of weight times normalisation b, and least half eigenvalue of each block.
 
         A centre's exponent is :math:`b_i - |L_i^T(x - Z_i)|^2 / 2 \le b_i - |x - Z_i|^2 / 2\|L_i^{-1}\|_F^2`, and
@@ -181,24 +177,37 @@ class _Blocks:
         even together with all others that are left out for that reason.
         """
         n, d = self.shape
-        least = 0.5 / square_norms_of_inverses(tril)[self.order]
-        least = pad(least, (0, -n % WIDTH), value=math.inf)
-        real = (numbers[..., -1] > -math.inf)[..., None]
-        box = [
-            numbers[..., :d].where(real, math.inf).amin(1),
-            numbers[..., :d].where(real, -math.inf).amax(1),
-        ]
-        most = numbers[..., -1].amax(1, keepdim=True)
-        return torch.cat([*box, most, least.unflatten(0, (-1, WIDTH)).amin(1, keepdim=True)], 1)
+        least = np.full(blocks.shape[0] * WIDTH, math.inf, blocks.dtype)
+        least[:n] = 0.5 / square_norms_of_inverses(tril).numpy()[self.order]
+        real = blocks[..., -1:] > -math.inf
+        self.bounds[:, :d] = np.where(real, blocks[..., :d], math.inf).min(1)
+        self.bounds[:, d : 2 * d] = np.where(real, blocks[..., :d], -math.inf).max(1)
+        self.bounds[:, -2] = blocks[..., -1].max(1)
+        self.bounds[:, -1] = least.reshape(-1, WIDTH).min(1)
 
-    def unpacked(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unpacked(self, blocks: np.ndarray) -> list[Tensor]:
         """Numbers of blocks, as they are packed, by centre: centres, factors, and logs of scales."""
         n, d = self.shape
-        numbers = blocks.unflatten(1, (-1, WIDTH)).mT.flatten(0, 1)[:n]
+        numbers = (
+            blocks.reshape(len(blocks), -1, WIDTH)
+            .swapaxes(1, 2)
+            .reshape(-1, blocks.shape[1] // WIDTH)[:n]
+        )
         if self.order is not None:
-            numbers = torch.empty_like(numbers).index_copy_(0, self.order, numbers)
-        tril = numbers.new_zeros(n, d * d).index_copy_(1, self.entries, numbers[:, d:-1])
-        return numbers[:, :d], tril.unflatten(1, (d, d)), numbers[:, -1]
+            restored = np.empty_like(numbers)
+            restored[self.order] = numbers
+            numbers = restored
+        tril = np.zeros((n, d * d), numbers.dtype)
+        tril[:, self.entries] = numbers[:, d:-1]
+        parts = numbers[:, :d], tril.reshape(n, d, d), numbers[:, -1]
+        return [torch.from_numpy(part) for part in parts]
+
+
+@functools.cache
+def _lower_entries(d: int) -> np.ndarray:
+    """Places of the lower triangle's entries, row by row, in a matrix (d, d) that is laid flat."""
+    row, column = np.tril_indices(d)
+    return d * row + column
 
 
 def _z_order(x: Tensor) -> Tensor:

@@ -384,9 +384,9 @@ def fit_kernel_model(
     its fold: k-means gives its centres, with the shares of the points as weights and the clusters'
     covariances to start from, and implicit score matching at the terminal time moves centres and
     precisions. The number of centres is doubled until the mean log-likelihood of the points under the
-    member that has not seen them falls; then two numbers between are tried. The model is the mixture of the members with equal weights,
-    again a kernel model: by the convexity of the divergence it is no worse than they are on average,
-    and what score matching over-fits is different in each.
+    member that has not seen them falls; then two numbers between are tried. The model is the mixture of the
+    members with equal weights, again a kernel model: by the convexity of the divergence it is no worse than
+    they are on average, and what score matching over-fits is different in each.
 
     All is done in standardised coordinates, so that the data's units do not matter.
 

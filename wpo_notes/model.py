@@ -343,8 +343,8 @@ def _lower_triangular(entries: Tensor, floor: Tensor) -> Tensor:
     """
     d = int((2 * entries.shape[1]) ** 0.5)
     row, column = torch.tril_indices(d, d, device=entries.device)
-    tril = entries.new_zeros(len(entries), d, d)
-    tril[:, row, column] = entries
+    flat = entries.new_zeros(len(entries), d * d).index_copy(1, d * row + column, entries)
+    tril = flat.unflatten(1, (d, d))
     diagonal = tril.diagonal(dim1=-2, dim2=-1)
     return torch.diagonal_scatter(tril, _inverse_width(diagonal, floor), dim1=-2, dim2=-1)
 

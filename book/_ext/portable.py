@@ -19,7 +19,6 @@ from functools import cache
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from textwrap import wrap
 
 import nbformat
 
@@ -167,13 +166,14 @@ def records(sources: Iterable[str]) -> list[Path]:
 def archive(paths: Iterable[Path]) -> str:
     """Files of the repository as a compressed archive in base64; equal files give an equal text."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:xz") as file:
+    # The records, which are most of it, are compressed already.
+    with tarfile.open(fileobj=buffer, mode="w:xz", preset=0) as file:
         for path in paths:
             about = tarfile.TarInfo(path.relative_to(ROOT).as_posix())
             content = path.read_bytes()
             about.size = len(content)
             file.addfile(about, io.BytesIO(content))
-    return "\n".join(wrap(base64.b64encode(buffer.getvalue()).decode(), 120))
+    return base64.encodebytes(buffer.getvalue()).decode().rstrip()
 
 
 def setup_cell(sources: list[str]) -> nbformat.NotebookNode:
