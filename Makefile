@@ -24,6 +24,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## create .venv with the pinned requirements and the package
 
+# Python compiles what it imports; to compile all that is installed would take half of the set-up.
 $(READY): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -105,6 +105,18 @@ def test_a_block_with_nothing_but_the_centre_that_is_left_out(order):
     assert abs(float(score[1])) < 1e-2
 
 
+@pytest.mark.parametrize("changed", ["centers", "exclude"])
+def test_a_change_before_the_backward_pass_is_an_error(changed):
+    centers, tril, log_weights = parameters(5, 2, std=0.3, dtype=torch.float32)
+    tril.requires_grad_()
+    x, exclude = torch.zeros(3, 2), torch.tensor([0, -1, 4])
+    mixture = GaussianMixture(centers, tril, log_weights=log_weights)
+    score, _ = mixture.score_and_laplacian_ratio(x, exclude=exclude)
+    {"centers": centers, "exclude": exclude}[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        score.sum().backward()
+
+
 def test_bounds_hold_and_blocks_are_left_out():
     d, n = 2, 2000
     centers, tril, log_weights = parameters(n, d, std=0.05, ratio=3, dtype=torch.float32)

@@ -1,4 +1,4 @@
-r"""Evaluation on a CPU by compiled differences, and nothing stored in between.
+r"""Evaluation on a CPU by compiled differences, and nothing stored for the pairs of a point and a centre.
 
 Centres are taken in blocks, in which ``wpo_notes._loops`` has the formulas. Nothing cancels, however narrow the
 kernels are and however far from the origin the data. With many points, centres near each other are in one block,
@@ -86,6 +86,7 @@ class _Evaluation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # `exclude` is saved for PyTorch's check that nobody changed it: the blocks may share its memory
         *inputs, _exclude, log_prob, score, ratio = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates this pass too
             return *_differentiable(ctx, inputs, gradients), None, None, None
@@ -135,7 +136,8 @@ def _differentiable(
 class _Blocks:
     """Centres in blocks (B, rows * width), with bounds (B, 2 d + 2) of what each can contribute.
 
-    In NumPy, which takes a fraction of PyTorch's time for a call: with few centres, calls are most of a step.
+    They are kept for the backward pass, and take the memory of the parameters. In NumPy, which takes a fraction of
+    PyTorch's time for a call: with few centres, calls are most of a step.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ SITE = Path(__file__).resolve().parents[2] / "_build" / "html"
 PAGES = sorted(path.stem for path in SITE.glob("*.html") if path.stem != "index")
 WIDTHS = (1280, 390)  # CSS pixels: a desk, a phone
 THEMES = ("light", "dark")
-LAYOUTS = ((390, "dark"), (1280, "dark"), (1280, "light"), (390, "light"))
+# All four, from the first to the last with one change at a time: a page is laid out again by each.
+LAYOUTS = tuple(zip(WIDTHS + WIDTHS[::-1], sorted(2 * THEMES, reverse=True), strict=True))
 PAPER = 794  # CSS pixels: A4
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
@@ -225,15 +226,13 @@ def test_page(name: str, visit):
     """One visit for both widths, both themes and print: most of the time is the page's loading."""
     page, problems = visit(f"{name}.html", WIDTHS[0], THEMES[0])
     report(problems, name)
-    # A page is laid out again by each change of width or theme: few changes, one at a time where all four
-    # layouts are due. Everything that is seen folded is seen unfolded too.
-    for width, theme in zip(WIDTHS, THEMES, strict=True):
+    for width, theme in LAYOUTS:
         show(page, width, theme)
         problems += page.evaluate(STICKS_OUT)
         report(problems, f"{name} at {width} px, {theme}")
     check_print(name, page, problems)
     page.evaluate(UNFOLD)
-    for width, theme in LAYOUTS:
+    for width, theme in reversed(LAYOUTS):
         show(page, width, theme)
         problems += [f"stays folded: {inner}" for inner in page.evaluate(FOLDED)]
         problems += [f"unfolded, {problem}" for problem in page.evaluate(STICKS_OUT)]
@@ -243,7 +242,7 @@ def test_page(name: str, visit):
     problems += [f"image that cannot be shown: {image}" for image in page.evaluate(BROKEN_IMAGES)]
     page.evaluate(THIN_OUT)
     page.evaluate(AXE)
-    for width, theme in reversed(LAYOUTS):
+    for width, theme in LAYOUTS:
         # Of the text, each width and each theme once: what colours do does not depend on the width, and
         # what the layout does not on the theme. What is around the text is the same on all pages.
         whole = (width == WIDTHS[0]) == (theme == THEMES[0])
