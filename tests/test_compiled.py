@@ -121,11 +121,13 @@ def test_bounds_hold_and_blocks_are_left_out():
     d, n = 2, 2000
     centers, tril, log_weights = parameters(n, d, std=0.05, ratio=3, dtype=torch.float32)
     given = Parameters(centers, tril, log_weights)
-    blocks = _compiled._Blocks(*given[:2], given.log_scale(), torch.zeros(0, dtype=int), True)
-    assert np.array_equal(np.sort(blocks.order), np.arange(n))
+    nobody = torch.zeros(0, dtype=int)
+    blocks = _compiled._Blocks(*given[:2], given.log_scale(), nobody, [(n, 10_000)])
+    order = np.argsort(blocks.slot)
+    assert not np.array_equal(order, np.arange(n))
     x = 2 * torch.randn(200, d, generator=seeded(1))
     exponents = _evaluation.exponents(Parameters(*(part.double() for part in given)), x.double())
-    exponents = torch.nn.functional.pad(exponents[:, blocks.order], (0, -n % 128), value=-math.inf)
+    exponents = torch.nn.functional.pad(exponents[:, order], (0, -n % 128), value=-math.inf)
     most = exponents.unflatten(1, (-1, 128)).amax(2)
     dims = (0,) * d
     upper = torch.tensor([[_loops._upper(p, b, dims) for b in blocks.bounds] for p in x.numpy()])
@@ -133,6 +135,47 @@ def test_bounds_hold_and_blocks_are_left_out():
     # and the bounds are of use: most blocks do not contribute
     reached = upper >= exponents.amax(1, keepdim=True) - float(blocks.cutoff)
     assert float(reached.double().mean()) < 0.5
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_points_see_the_centres_of_their_part(ordered, compiled, monkeypatch):
+    if ordered:
+        monkeypatch.setattr(_compiled, "_WORTH_ORDERING", (1, 1))
+    if not compiled:
+        monkeypatch.setattr(_evaluation, "_compiled", lambda: None)
+    parts = [(150, 7), (128, 0), (1, 5), (300, 4)]
+    given = parameters(sum(n for n, _ in parts), 2, std=0.3, dtype=torch.float64)
+    given = [part.requires_grad_() for part in given]
+    x = torch.randn(16, 2, dtype=torch.float64, generator=seeded(1)).requires_grad_()
+    inputs = [*given, x]
+    together = evaluate(Parameters(*given), x, score=True, laplacian=True, parts=parts)
+    split = zip(*(part.split([n for n, _ in parts]) for part in given), strict=True)
+    apart = [
+        evaluate(Parameters(*part), own, score=True, laplacian=True)
+        for part, own in zip(split, x.split([m for _, m in parts]), strict=True)
+    ]
+    apart = [torch.cat(values) for values in zip(*apart, strict=True)]
+    derivatives = []
+    for values in (together, apart):
+        first = torch.autograd.grad(sum(v.sin().sum() for v in values), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        derivatives.append((*values, *first, *second))
+    for ours, expected in zip(*derivatives, strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-9, atol=1e-9 * float(expected.detach().abs().max())
+        )
+
+
+def test_long_kernels_of_a_part_are_evaluated_in_float64():
+    centers, tril, log_weights = parameters(40, 2, std=0.01, ratio=1000, dtype=torch.float32)
+    x = centers[:10] + 0.01
+    parts = [(20, 5), (20, 5)]
+    given = Parameters(centers, tril, log_weights)
+    (ours,) = evaluate(given, x, parts=parts)
+    (exact,) = evaluate(given.to(torch.float64), x.double(), parts=parts)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-5)
 
 
 def test_centres_out_of_reach_change_nothing(monkeypatch):

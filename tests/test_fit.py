@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from wpo_notes import datasets
+from wpo_notes._clusters import clusters
 from wpo_notes._files import load_tensors, save_tensors
-from wpo_notes.fit import cosine, fit, fit_algorithm_1, fit_kernel_model, kernel_loss
-from wpo_notes.losses import implicit_score_matching
+from wpo_notes.fit import (
+    _Members,
+    _sorted_by,
+    cosine,
+    fit,
+    fit_algorithm_1,
+    fit_kernel_model,
+    kernel_loss,
+)
+from wpo_notes.losses import implicit_score_matching, negative_log_likelihood
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.model import FreeKernelModel, KernelModel
 
@@ -370,6 +379,45 @@ def test_members_are_pooled_with_equal_weights():
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
 
 
+@pytest.mark.parametrize("loss", [implicit_score_matching, negative_log_likelihood])
+def test_members_side_by_side_have_the_gradients_that_they_have_alone(loss):
+    """So that a step of Adam, which is the same for each parameter whatever its scale, is that of a member alone."""
+    _, x = separated(n=90)
+    starts = [clusters(x[k::3], 4, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    member = torch.arange(90) % 3
+    together = _Members(starts)
+
+    def of_mixture(model, points, index, generator):
+        return loss(model(), points)
+
+    with torch.no_grad():
+        for parameter in together.parameters():
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(9))
+    value = _sorted_by(member, of_mixture)(together, x, torch.arange(90), torch.Generator())
+    value.backward()
+    mixture, first, mean = together.pooled(), 0, 0.0
+    for k, start in enumerate(starts):
+        own = slice(first, first + len(start.centers))
+        parameters = mixture.centers[own], mixture.precision_tril[own]
+        alone = GaussianMixture(*parameters, log_weights=start.log_weights)
+        mean = mean + loss(alone, x[k::3]) / 3
+        first = own.stop
+    torch.testing.assert_close(value, mean)
+    expected = torch.autograd.grad(mean, list(together.parameters()))
+    for parameter, gradient in zip(together.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_loss_of_members_must_use_all_points():
+    def half(model, points, index, generator):
+        return implicit_score_matching(model(), points[::2])
+
+    with pytest.raises(
+        ValueError, match=r"evaluate the mixture at points like those that it is given"
+    ):
+        fitted(points(), loss=half, centers=10, steps=1)
+
+
 def test_score_matching_improves_on_the_clusters():
     law = datasets.get("swissroll")
     x = law.sample(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -382,14 +430,14 @@ def test_score_matching_improves_on_the_clusters():
 
 def test_killed_fit_goes_on_from_its_folder(tmp_path, monkeypatch):
     _, x = separated(n=300)
-    options = {"centers": 12, "members": 3, "steps": 12}
+    options = {"members": 3, "steps": 12}
     whole = fitted(x, **options)
     calls = 0
 
     def deadly(*arguments, **keywords):
         nonlocal calls
         calls += 1
-        if calls == 20:  # in the second member
+        if calls == 20:  # with the second number of centres
             raise KeyboardInterrupt
         return implicit_score_matching(*arguments, **keywords)
 

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from wpo_notes._loops import WIDTH, backward, forward, inverse_norms
 
 __all__ = ["evaluate_by_differences", "square_norms_of_inverses"]
 
-# Centres are put in an order, and blocks out of reach left out, if there are so many points and blocks at least.
+# Centres of a part are put in an order, and blocks out of reach left out, if it has so many points and blocks at least.
 _WORTH_ORDERING = 1024, 8
 # Pairs of a point and a centre that are worth a thread.
 _WORTH_A_THREAD = 2**21
@@ -46,35 +46,41 @@ def evaluate_by_differences(
     exclude: Tensor | None,
     averages: bool,
     otherwise: Callable[..., Sequence[Tensor]],
+    parts: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-density (M,), score (M, d) and Laplacian ratio (M,) at the points (M, d); the last two only if `averages`.
 
     Of `tril` (N, d, d) the lower triangle is read. Differentiable in all tensors but `exclude`; where somebody
     differentiates the derivative, it is that of ``otherwise(points, centers, tril, log_scale)``, which returns the same.
+    With `parts`, numbers of centres and of points that follow each other, points see only the centres of their part;
+    `exclude` is for one part.
     """
     if exclude is None:
         exclude = torch.full((len(points),), -1, device=points.device)
-    return _Evaluation.apply(points, centers, tril, log_scale, exclude, averages, otherwise)
+    if parts is None:
+        parts = [(len(centers), len(points))]
+    return _Evaluation.apply(points, centers, tril, log_scale, exclude, averages, otherwise, parts)
 
 
 class _Evaluation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        points, centers, tril, log_scale, exclude, averages, ctx.otherwise = inputs
-        least, blocks = _WORTH_ORDERING
-        ordered = len(points) >= least and len(centers) >= blocks * WIDTH
-        ctx.sides = sides = _Blocks(centers, tril, log_scale, exclude, ordered)
+        points, centers, tril, log_scale, exclude, averages, ctx.otherwise, parts = inputs
+        ctx.sides = sides = _Blocks(centers, tril, log_scale, exclude, parts)
         d = points.shape[1]
         states = points.new_zeros(len(points), d + 3)
         states[:, 0] = -math.inf
 
         x, own = _arrays(points, states)
 
-        def work(start: int, end: int) -> None:
-            of_points = sides.exclude[start:end], sides.cutoff, averages, own[start:end]
-            forward(x[start:end], sides.blocks, sides.bounds, *of_points, (0,) * d)
+        def work(part: _Part, start: int, end: int) -> None:
+            rows = slice(part.rows.start + start, part.rows.start + end)
+            of_blocks = sides.blocks[part.blocks], sides.bounds[part.blocks]
+            of_points = sides.exclude[rows], sides.cutoff, averages, own[rows]
+            forward(x[rows], *of_blocks, *of_points, (0,) * d)
 
-        _in_threads(work, len(points), len(points) * len(centers))
+        for part in sides.parts:
+            _in_threads(functools.partial(work, part), _length(part.rows), part.pairs)
         total = states[:, 1]
         # the search for the largest exponent does not see NaN
         nan = 0 * points.sum(1) + sides.nan
@@ -89,25 +95,30 @@ class _Evaluation(torch.autograd.Function):
         # `exclude` is saved for PyTorch's check that nobody changed it: the blocks may share its memory
         *inputs, _exclude, log_prob, score, ratio = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates this pass too
-            return *_differentiable(ctx, inputs, gradients), None, None, None
+            return *_differentiable(ctx, inputs, gradients), *[None] * 4
         sides = ctx.sides
         to_log_prob, to_score, to_ratio = gradients
         shift = to_log_prob - (to_score * score).sum(1) - to_ratio * ratio
         to_blocks = np.zeros_like(sides.blocks)
         x, *of_points = _arrays(inputs[0], log_prob, shift, to_score, to_ratio)
-        of_blocks = sides.blocks, sides.bounds, to_blocks
+        to_points = np.zeros_like(x)
 
-        def work(start: int, end: int) -> np.ndarray:
-            blocks, bounds, to = (part[start:end] for part in of_blocks)
-            share = np.zeros_like(x)
-            own = sides.exclude - start * WIDTH
-            rest = (*of_points, share, to, (0,) * x.shape[1])
-            backward(x, blocks, bounds, own, sides.cutoff, *rest)
+        def work(part: _Part, start: int, end: int) -> np.ndarray:
+            of_blocks = slice(part.blocks.start + start, part.blocks.start + end)
+            blocks, bounds, to = (
+                array[of_blocks] for array in (sides.blocks, sides.bounds, to_blocks)
+            )
+            of_rows = (array[part.rows] for array in of_points)
+            share = np.zeros_like(x[part.rows])
+            own = sides.exclude[part.rows] - start * WIDTH
+            rest = (*of_rows, share, to, (0,) * x.shape[1])
+            backward(x[part.rows], blocks, bounds, own, sides.cutoff, *rest)
             return share
 
-        shares = _in_threads(work, len(sides.blocks), len(x) * sides.shape[0])
-        to_points = torch.from_numpy(sum(shares))
-        return to_points, *sides.unpacked(to_blocks), None, None, None
+        for part in sides.parts:
+            shares = _in_threads(functools.partial(work, part), _length(part.blocks), part.pairs)
+            to_points[part.rows] = sum(shares)
+        return torch.from_numpy(to_points), *sides.unpacked(to_blocks), *[None] * 4
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
@@ -133,6 +144,18 @@ def _differentiable(
     return [next(rest) if need else None for need in needed]
 
 
+class _Part(NamedTuple):
+    """Points, and the blocks that they see."""
+
+    rows: slice
+    blocks: slice
+    pairs: int  # of a point and a centre
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
 class _Blocks:
     """Centres in blocks (B, rows * width), with bounds (B, 2 d + 2) of what each can contribute.
 
@@ -141,34 +164,55 @@ class _Blocks:
     """
 
     def __init__(
-        self, centers: Tensor, tril: Tensor, log_scale: Tensor, exclude: Tensor, ordered: bool
+        self,
+        centers: Tensor,
+        tril: Tensor,
+        log_scale: Tensor,
+        exclude: Tensor,
+        parts: Sequence[tuple[int, int]],
     ) -> None:
-        self.shape = n, d = tuple(centers.shape)
+        n, d = self.shape = tuple(centers.shape)
         self.entries = _lower_entries(d)
         centers_, tril_, log_scale_, self.exclude = _arrays(centers, tril, log_scale, exclude)
-        dtype = centers_.dtype
-        # the last block is filled up with centres of no weight
-        numbers = np.zeros((n + -n % WIDTH, d + len(self.entries) + 1), dtype)
-        numbers[:n, :d] = centers_
-        numbers[:n, d:-1] = tril_.reshape(n, d * d)[:, self.entries]
-        numbers[:n, -1] = log_scale_
-        numbers[n:, -1] = -math.inf
+        numbers = np.empty((n, d + len(self.entries) + 1), centers_.dtype)
+        numbers[:, :d] = centers_
+        numbers[:, d:-1] = tril_.reshape(n, d * d)[:, self.entries]
+        numbers[:, -1] = log_scale_
         finite = np.isfinite(numbers[:, :-1]).all() and not np.isnan(log_scale_).any()
         self.nan = 0.0 if finite else math.nan
-        self.order = None
-        if ordered:
-            self.order = _z_order(centers).numpy()
-            numbers[:n] = numbers[self.order]
-            rank = np.empty_like(self.order)
-            rank[self.order] = np.arange(n)
-            self.exclude = np.where(self.exclude >= 0, rank[self.exclude], -1)
-        blocks = numbers.reshape(-1, WIDTH, numbers.shape[1])
+        ordered = self._place(parts, centers)
+        # the last block of a part is filled up with centres of no weight
+        slots = np.zeros((self.parts[-1].blocks.stop * WIDTH, numbers.shape[1]), numbers.dtype)
+        slots[:, -1] = -math.inf
+        slots[self.slot] = numbers
+        blocks = slots.reshape(-1, WIDTH, numbers.shape[1])
         self.blocks = np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(len(blocks), -1)
-        self.cutoff = dtype.type(math.log(n / TRUNCATION[tril.dtype]))
-        self.bounds = np.zeros((len(blocks), 2 * d + 2), dtype)
+        self.cutoff = numbers.dtype.type(math.log(n / TRUNCATION[tril.dtype]))
+        self.bounds = np.zeros((len(blocks), 2 * d + 2), numbers.dtype)
         self.bounds[:, -2] = math.inf
         if ordered:
             self._bound(blocks, tril)
+
+    def _place(self, parts: Sequence[tuple[int, int]], centers: Tensor) -> bool:
+        """Give each centre a slot, so that centres of one part only share a block; whether neighbours do in some part."""
+        self.parts = []
+        self.slot = np.arange(self.shape[0])
+        ordered = False
+        least_points, least_blocks = _WORTH_ORDERING
+        center = row = block = 0
+        for count, points in parts:
+            rows, blocks = slice(row, row + points), slice(block, block - (-count // WIDTH))
+            own = slice(center, center + count)
+            slots = self.slot[own]
+            slots += block * WIDTH - center
+            if points >= least_points and count >= least_blocks * WIDTH:
+                slots[_z_order(centers[own]).numpy()] = slots.copy()
+                ordered = True
+            self.parts.append(_Part(rows, blocks, count * points))
+            center, row, block = own.stop, rows.stop, blocks.stop
+        if ordered:
+            self.exclude = np.where(self.exclude >= 0, self.slot[self.exclude], -1)
+        return ordered
 
     def _bound(self, blocks: np.ndarray, tril: Tensor) -> None:
         r"""Box, largest log of weight times normalisation b, and least half eigenvalue of each block.
@@ -178,9 +222,9 @@ class _Blocks:
         below l + log(ε / N), for an exponent l that was found at x, contributes less than the share ε of the density,
         even together with all others that are left out for that reason.
         """
-        n, d = self.shape
+        d = self.shape[1]
         least = np.full(blocks.shape[0] * WIDTH, math.inf, blocks.dtype)
-        least[:n] = 0.5 / square_norms_of_inverses(tril).numpy()[self.order]
+        least[self.slot] = 0.5 / square_norms_of_inverses(tril).numpy()
         real = blocks[..., -1:] > -math.inf
         self.bounds[:, :d] = np.where(real, blocks[..., :d], math.inf).min(1)
         self.bounds[:, d : 2 * d] = np.where(real, blocks[..., :d], -math.inf).max(1)
@@ -190,15 +234,8 @@ class _Blocks:
     def unpacked(self, blocks: np.ndarray) -> list[Tensor]:
         """Numbers of blocks, as they are packed, by centre: centres, factors, and logs of scales."""
         n, d = self.shape
-        numbers = (
-            blocks.reshape(len(blocks), -1, WIDTH)
-            .swapaxes(1, 2)
-            .reshape(-1, blocks.shape[1] // WIDTH)[:n]
-        )
-        if self.order is not None:
-            restored = np.empty_like(numbers)
-            restored[self.order] = numbers
-            numbers = restored
+        numbers = blocks.reshape(len(blocks), -1, WIDTH).swapaxes(1, 2)
+        numbers = numbers.reshape(-1, numbers.shape[2])[self.slot]
         tril = np.zeros((n, d * d), numbers.dtype)
         tril[:, self.entries] = numbers[:, d:-1]
         parts = numbers[:, :d], tril.reshape(n, d, d), numbers[:, -1]

@@ -26,7 +26,7 @@ import copy
 import functools
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,12 +87,16 @@ def evaluate(
     score: bool = False,
     laplacian: bool = False,
     exclude: Tensor | None = None,
+    parts: Sequence[tuple[int, int]] | None = None,
 ) -> list[Tensor]:
     """Log-density at the points (M, d) and, where asked for, score and Laplacian ratio, in that order.
 
     `exclude` (M,) leaves a centre out of the sum at each point, or none where it is -1; the log-density
-    is then not renormalised.
+    is then not renormalised. Instead of it, `parts` may give numbers of centres and of points that follow each other:
+    points see only the centres of their part, whose weights are not renormalised either.
     """
+    if parts is not None:
+        return _evaluate_parts(parameters, points, score, laplacian, parts)
     count, d = parameters.centers.shape
     # at least two centres a shard, so that one can be left out
     shards = min(-(-count * (d * d + 124) // _SIDE_ELEMENTS), max(1, count // 2))
@@ -116,6 +120,38 @@ def merged(results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [log_probs.logsumexp(0), *means]
 
 
+def _evaluate_parts(
+    parameters: Parameters,
+    points: Tensor,
+    score: bool,
+    laplacian: bool,
+    parts: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    compiled = _compiled() if _compilable(parameters, points) else None
+    if compiled is not None and not _too_long(parameters, compiled):
+        return _by_differences(parameters, points, score, laplacian, None, compiled, parts)
+
+    def each(part: Parameters, own: Tensor) -> list[Tensor]:
+        return evaluate(part, own, score=score, laplacian=laplacian)
+
+    return _part_by_part(each, parameters, points, parts)
+
+
+def _part_by_part(
+    each: Callable[[Parameters, Tensor], list[Tensor]],
+    parameters: Parameters,
+    points: Tensor,
+    parts: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    of_centers, of_points = (list(counts) for counts in zip(*parts, strict=True))
+    split = zip(*(tensor.split(of_centers) for tensor in parameters), strict=True)
+    results = [
+        each(Parameters(*part), own)
+        for part, own in zip(split, points.split(of_points), strict=True)
+    ]
+    return [torch.cat(values) for values in zip(*results, strict=True)]
+
+
 def _evaluate_shard(
     parameters: Parameters,
     points: Tensor,
@@ -130,15 +166,32 @@ def _evaluate_shard(
         return [value.to(points.dtype) for value in results]
     if compiled is None or _few_cells(parameters, points):
         return _by_cells(parameters, points, score, laplacian, exclude)
+    return _by_differences(parameters, points, score, laplacian, exclude, compiled)
 
+
+def _by_differences(
+    parameters: Parameters,
+    points: Tensor,
+    score: bool,
+    laplacian: bool,
+    exclude: Tensor | None,
+    compiled: Any,
+    parts: Sequence[tuple[int, int]] | None = None,
+) -> list[Tensor]:
     def otherwise(points: Tensor, centers: Tensor, tril: Tensor, log_scale: Tensor) -> list[Tensor]:
         unweighted = Parameters(centers, tril, torch.zeros_like(log_scale))
         again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())
-        return _by_cells(again, points, True, True, exclude)
+        if parts is None:
+            return _by_cells(again, points, True, True, exclude)
+
+        def each(part: Parameters, own: Tensor) -> list[Tensor]:
+            return _by_cells(part, own, True, True, None)
+
+        return _part_by_part(each, again, points, parts)
 
     averages = score or laplacian
     arguments = (points, *parameters[:2], parameters.log_scale(), exclude, averages, otherwise)
-    log_prob, *means = compiled.evaluate_by_differences(*arguments)
+    log_prob, *means = compiled.evaluate_by_differences(*arguments, parts)
     return [
         log_prob,
         *(mean for mean, wanted in zip(means, (score, laplacian), strict=True) if wanted),

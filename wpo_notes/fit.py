@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
 from wpo_notes._clusters import clusters
+from wpo_notes._evaluation import evaluate
 from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes._optional import progress_bar
 from wpo_notes.distributed import average_gradients, check_same, own_generator, rank_and_size
@@ -395,11 +396,12 @@ def fit_kernel_model(
         centers: number of kernels in all; chosen by cross-validation if None.
         members: number of folds, and of mixtures that are pooled, at least 2.
         steps: Adam steps of each member.
-        batch_size: points a step.
+        batch_size: points a step and member, on average.
         lr: learning rate at the start of the cosine schedule. A kernel's log-width changes by at most about
             lr times half the steps, which keeps every kernel from becoming a needle.
-        loss: as for `fit`, in standardised coordinates; implicit score matching (30) if None.
-        checkpoint: folder of the members' checkpoints, from which a killed fit goes on.
+        loss: as for `fit`, a mean over the points that it is given, in standardised coordinates; implicit
+            score matching (30) if None.
+        checkpoint: folder of the checkpoints, one a number of centres, from which a killed fit goes on.
         generator: source of folds, clusters and batches.
         progress: show a progress bar.
 
@@ -433,36 +435,35 @@ def fit_kernel_model(
     offset, scale = x.mean(0), x.std(0)
     points = (x - offset) / scale
     fold = torch.randperm(n, generator=generator, device=x.device) % members
-    results: dict[int, tuple[float, list[GaussianMixture]]] = {}
-    bar = progress_bar(shown=progress, desc="fit_kernel_model", unit=" members")
+    seen = [points[fold != k] for k in range(members)]
+    member = torch.cat([torch.full_like(fold[fold != k], k) for k in range(members)])
+    results: dict[int, tuple[float, GaussianMixture]] = {}
+    bar = progress_bar(shown=progress, desc="fit_kernel_model", unit=" sizes")
 
     def cross_validate(size: int) -> float:
         """Fit the members with `size` centres each; their log-likelihood on the points that they have not seen."""
-        likelihood, mixtures = 0.0, []
-        for k in range(members):
-            seen = points[fold != k]
-            model = FreeKernelModel(clusters(seen, size, generator=generator))
-            path = None
-            if checkpoint is not None:
-                Path(checkpoint).mkdir(parents=True, exist_ok=True)
-                path = Path(checkpoint) / f"{size}-centres-fold-{k}"
-            fit(
-                model,
-                seen,
-                steps=steps,
-                batch_size=batch_size,
-                lr=lr,
-                loss=loss,
-                checkpoint=path,
-                generator=generator,
-                progress=False,
-            )
-            with torch.no_grad():
-                mixtures.append(model())
-                likelihood += float(mixtures[-1].log_prob(points[fold == k]).sum()) / n
-            bar.update()
-            bar.set_postfix(centres=size)
-        results[size] = likelihood, mixtures
+        model = _Members([clusters(part, size, generator=generator) for part in seen])
+        path = None
+        if checkpoint is not None:
+            Path(checkpoint).mkdir(parents=True, exist_ok=True)
+            path = Path(checkpoint) / f"{size}-centres"
+        fit(
+            model,
+            torch.cat(seen),
+            steps=steps,
+            batch_size=members * batch_size,
+            lr=lr,
+            loss=_sorted_by(member, kernel_loss() if loss is None else loss),
+            checkpoint=path,
+            generator=generator,
+            progress=False,
+        )
+        order = fold.argsort()
+        with torch.no_grad():
+            likelihood = float(model.sorted_by(fold[order])().log_prob(points[order]).mean())
+            results[size] = likelihood, model.pooled()
+        bar.update()
+        bar.set_postfix(centres=size)
         return likelihood
 
     def best() -> int:
@@ -479,13 +480,80 @@ def fit_kernel_model(
             if 2 < size <= most and size not in results:
                 cross_validate(size)
     bar.close()
-    chosen = results[best()][1]
-    pooled = GaussianMixture(
-        torch.cat([mixture.centers for mixture in chosen]) * scale + offset,
-        torch.cat([mixture.precision_tril for mixture in chosen]) / scale[:, None],
-        log_weights=torch.cat([mixture.log_weights for mixture in chosen]),
+    pooled = results[best()][1]
+    return FreeKernelModel(
+        GaussianMixture(
+            pooled.centers * scale + offset,
+            pooled.precision_tril / scale[:, None],
+            log_weights=pooled.log_weights,
+        )
     )
-    return FreeKernelModel(pooled)
+
+
+class _Members(FreeKernelModel):
+    """Members that are trained side by side, since a step of a small mixture is mostly calls: each has points of its own."""
+
+    def __init__(self, starts: Sequence[GaussianMixture]) -> None:
+        super().__init__(
+            GaussianMixture(
+                torch.cat([start.centers for start in starts]),
+                torch.cat([start.precision_tril for start in starts]),
+                log_weights=torch.cat([start.log_weights for start in starts]),
+            )
+        )
+        self._centers = [len(start.centers) for start in starts]
+        self._points = [0] * len(starts)
+
+    def sorted_by(self, member: Int[Tensor, " n"]) -> _Members:
+        """Say to which member each of the points belongs that the mixture is evaluated at next, in ascending order."""
+        self._points = torch.bincount(member, minlength=len(self._centers)).tolist()
+        return self
+
+    def forward(self) -> GaussianMixture:
+        """Mixture that is the first member at the points of the first, and so on."""
+        return _SideBySide(self.pooled(), list(zip(self._centers, self._points, strict=True)))
+
+    def pooled(self) -> GaussianMixture:
+        """Mixture of the members with equal weights."""
+        return super().forward()
+
+
+class _SideBySide(GaussianMixture):
+    def __init__(self, pooled: GaussianMixture, parts: list[tuple[int, int]]) -> None:
+        parameters = pooled.centers, pooled.precision_tril
+        super().__init__(*parameters, log_weights=pooled.log_weights, validate_args=False)
+        self.log_weights = self.log_weights + math.log(len(parts))  # those of a member sum to one
+        self._parts = parts
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        *,
+        score: bool = False,
+        laplacian: bool = False,
+        exclude: Tensor | None = None,
+    ) -> list[Tensor]:
+        points = sum(points for _, points in self._parts)
+        if exclude is not None or x.shape != (points, self.centers.shape[1]):
+            raise ValueError(
+                f"the loss must evaluate the mixture at points like those that it is given, ({points}, "
+                f"{self.centers.shape[1]}), and without exclude; it did so at shape {tuple(x.shape)}"
+            )
+        return evaluate(self._parameters, x, score=score, laplacian=laplacian, parts=self._parts)
+
+
+def _sorted_by(member: Int[Tensor, " n"], loss: Loss) -> Loss:
+    """The loss, whose mean over points is the members' mean weighted by their shares, for points sorted by member."""
+
+    def sorted_loss(
+        members: nn.Module, x: Tensor, index: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        assert isinstance(members, _Members)
+        assert index is not None
+        own, order = member[index].sort()
+        return loss(members.sorted_by(own), x[order], None, generator)
+
+    return sorted_loss
 
 
 def fewest_points(d: int, members: int = 5) -> int:
