@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.measurements import accuracy, evaluation, floor, growth, training
+from benchmarks.measurements import accuracy, evaluation, floor, growth, quality, training
 from benchmarks.ways import problem, ways
+from wpo_notes.datasets import PLANAR
 from wpo_notes.experiments.records import Record, environment
 
 
@@ -41,6 +42,7 @@ def measure(n: int, m: int) -> dict[str, list[dict]]:
     jobs += [("training", training, (n, d, batch)) for d in (2, 6) for batch in (64, 512)]
     jobs += [("growth", growth, (10**k, 10_000)) for k in (2, 3, 4, 5, 6)]
     jobs += [("growth", growth, (n, 10**k)) for k in (3, 4, 5, 6)]
+    jobs += [("quality", quality, (law, seed)) for law in PLANAR for seed in (0, 1, 2)]
     tables: dict[str, list[dict]] = {}
     for table, function, arguments in tqdm(jobs, desc="bench"):
         tables.setdefault(table, []).append(alone(function, *arguments))

@@ -12,8 +12,12 @@ import torch
 from torch.utils.benchmark import Timer
 
 from benchmarks.ways import exact, problem, training_step, ways
+from wpo_notes import datasets
+from wpo_notes.fit import fit, fit_kernel_model
+from wpo_notes.metrics import kl_divergence
+from wpo_notes.model import KernelModel
 
-__all__ = ["accuracy", "evaluation", "floor", "growth", "training"]
+__all__ = ["accuracy", "evaluation", "floor", "growth", "quality", "training"]
 
 _CHECKED = 500  # points at which the errors are measured
 
@@ -129,3 +133,35 @@ def training(n: int, d: int, batch: int) -> dict:
     names = ("wpo_notes", "einsum over differences", "network alone")
     steps = {name: training_step(n, d, batch, closed_form=name) for name in names}
     return {"d": d, "batch": batch} | {name: milliseconds(run, 4.0) for name, run in steps.items()}
+
+
+def quality(data: str, seed: int, n: int = 10_000) -> dict:
+    """Time and KL of the default fit of n points, and the time of the paper's 50 000 steps, from 50 of them."""
+    torch.set_num_threads(1)
+    law = datasets.get(data)
+    generator = torch.Generator().manual_seed(seed)
+    x = law.sample(n, generator=generator).float()
+    centers, rest = x[: n // 2], x[n // 2 :]
+    paper = KernelModel(centers, generator=generator)
+
+    def paper_steps(steps: int) -> float:
+        options = {"batch_size": 64, "lr": 1e-3, "generator": generator, "progress": False}
+        return fit(paper, rest, steps=steps, **options).seconds
+
+    # what is imported and compiled in the first call does not count
+    fit_kernel_model(x[:200], centers=10, steps=2, generator=generator, progress=False)
+    paper_steps(2)
+    started = time.perf_counter()
+    model = fit_kernel_model(x, generator=generator, progress=False)
+    seconds = time.perf_counter() - started
+    paper_seconds = paper_steps(50) / 50 * 50_000
+    with torch.no_grad():
+        kl = kl_divergence(law, model().log_prob, n=10_000, generator=generator)
+    return {
+        "data": data,
+        "seed": seed,
+        "seconds": seconds,
+        "paper_seconds": paper_seconds,
+        "kl": float(kl.value),
+        "kl_error": float(kl.error),
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measurements import peak_megabytes
+from benchmarks.measurements import peak_megabytes, quality
 from benchmarks.ways import exact, problem, training_step, ways
 from wpo_notes.experiments.records import Record
 
@@ -39,6 +39,14 @@ def test_training_steps_run(form):
     training_step(50, 2, 8, closed_form=form)()
 
 
+def test_quality_is_measured():
+    threads = torch.get_num_threads()
+    row = quality("moons", 0, n=200)
+    torch.set_num_threads(threads)
+    assert 0 < row["kl"] < 1  # 200 points suffice for the shape
+    assert min(row["seconds"], row["paper_seconds"], row["kl_error"]) > 0
+
+
 def test_peak_memory_is_seen():
     found = peak_megabytes(lambda: torch.ones(50 * 2**18).sum())  # 50 MB
     assert found is None or 45 < found < 70
@@ -47,5 +55,12 @@ def test_peak_memory_is_seen():
 def test_record_is_whole():
     settings = {"centers": 5000, "points": 10_000}
     record = Record.load(RESULTS, "benchmarks", "cpu", settings)
-    assert {"evaluation", "floor", "accuracy", "training", "growth"} == record.metrics.keys()
+    assert {
+        "evaluation",
+        "floor",
+        "accuracy",
+        "training",
+        "growth",
+        "quality",
+    } == record.metrics.keys()
     assert record.environment["commit"]
