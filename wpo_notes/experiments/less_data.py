@@ -74,17 +74,26 @@ def _divergence(log_law: Tensor, log_prob: LogProb, fresh: Tensor) -> dict:
 
 
 def cases(scale: str, *, data: str | None = None, seed: int | None = None) -> list[Case]:
-    """Every estimator on every law, size and seed; at quick scale what takes seconds, on one law."""
+    """Every estimator on every law, size and seed; at quick scale what takes seconds, on one law.
+
+    At paper scale also denoising score matching of `WATCHED` points on the other planar laws, which the chapter
+    *Performance* sets beside the time of the kernel model.
+    """
     if scale == "quick":
         few = [(method, SIZES[0]) for method in ESTIMATORS]
         few += [("kde", SIZES[1]), ("mixture", SIZES[1])]  # the others take longer
         return [_case(method, data or LAWS[1], n, seed or SEEDS[0]) for method, n in few]
+    seeds = SEEDS if seed is None else (seed,)
+    others = () if data else [name for name in datasets.PLANAR if name not in LAWS]
     return [
-        _case(method, name, n, k)
-        for k in (SEEDS if seed is None else (seed,))
-        for name in ((data,) if data else LAWS)
-        for method in ESTIMATORS
-        for n in SIZES
+        *(
+            _case(method, name, n, k)
+            for k in seeds
+            for name in ((data,) if data else LAWS)
+            for method in ESTIMATORS
+            for n in SIZES
+        ),
+        *(_case("denoising", name, WATCHED, k) for k in seeds for name in others),
     ]
 
 
