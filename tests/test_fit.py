@@ -9,9 +9,8 @@ import torch
 from wpo_notes import datasets
 from wpo_notes._clusters import clusters
 from wpo_notes._files import load_tensors, save_tensors
+from wpo_notes._members import Members, sorted_by
 from wpo_notes.fit import (
-    _Members,
-    _sorted_by,
     cosine,
     fit,
     fit_algorithm_1,
@@ -379,13 +378,17 @@ def test_members_are_pooled_with_equal_weights():
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
 
 
-@pytest.mark.parametrize("loss", [implicit_score_matching, negative_log_likelihood])
+def noised(mixture, x):
+    return implicit_score_matching(mixture.diffuse(0.01), x)
+
+
+@pytest.mark.parametrize("loss", [implicit_score_matching, negative_log_likelihood, noised])
 def test_members_side_by_side_have_the_gradients_that_they_have_alone(loss):
     """So that a step of Adam, which is the same for each parameter whatever its scale, is that of a member alone."""
     _, x = separated(n=90)
     starts = [clusters(x[k::3], 4, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     member = torch.arange(90) % 3
-    together = _Members(starts)
+    together = Members(starts)
 
     def of_mixture(model, points, index, generator):
         return loss(model(), points)
@@ -393,7 +396,7 @@ def test_members_side_by_side_have_the_gradients_that_they_have_alone(loss):
     with torch.no_grad():
         for parameter in together.parameters():
             parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(9))
-    value = _sorted_by(member, of_mixture)(together, x, torch.arange(90), torch.Generator())
+    value = sorted_by(member, of_mixture)(together, x, torch.arange(90), torch.Generator())
     value.backward()
     mixture, first, mean = together.pooled(), 0, 0.0
     for k, start in enumerate(starts):
@@ -406,6 +409,14 @@ def test_members_side_by_side_have_the_gradients_that_they_have_alone(loss):
     expected = torch.autograd.grad(mean, list(together.parameters()))
     for parameter, gradient in zip(together.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_loss_of_members_has_no_responsibilities():
+    def shares(model, points, index, generator):
+        return model().responsibilities(points).square().mean()
+
+    with pytest.raises(ValueError, match="must do without responsibilities"):
+        fitted(points(), loss=shares, centers=10, steps=1)
 
 
 def test_loss_of_members_must_use_all_points():

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
 from wpo_notes._clusters import clusters
-from wpo_notes._evaluation import evaluate
 from wpo_notes._files import load_tensors, save_tensors
+from wpo_notes._members import Members, sorted_by
 from wpo_notes._optional import progress_bar
 from wpo_notes.distributed import average_gradients, check_same, own_generator, rank_and_size
 from wpo_notes.losses import implicit_score_matching
@@ -442,7 +442,7 @@ def fit_kernel_model(
 
     def cross_validate(size: int) -> float:
         """Fit the members with `size` centres each; their log-likelihood on the points that they have not seen."""
-        model = _Members([clusters(part, size, generator=generator) for part in seen])
+        model = Members([clusters(part, size, generator=generator) for part in seen])
         path = None
         if checkpoint is not None:
             Path(checkpoint).mkdir(parents=True, exist_ok=True)
@@ -453,14 +453,14 @@ def fit_kernel_model(
             steps=steps,
             batch_size=members * batch_size,
             lr=lr,
-            loss=_sorted_by(member, kernel_loss() if loss is None else loss),
+            loss=sorted_by(member, kernel_loss() if loss is None else loss),
             checkpoint=path,
             generator=generator,
             progress=False,
         )
         order = fold.argsort()
         with torch.no_grad():
-            likelihood = float(model.sorted_by(fold[order])().log_prob(points[order]).mean())
+            likelihood = float(model.at(fold[order])().log_prob(points[order]).mean())
             results[size] = likelihood, model.pooled()
         bar.update()
         bar.set_postfix(centres=size)
@@ -488,72 +488,6 @@ def fit_kernel_model(
             log_weights=pooled.log_weights,
         )
     )
-
-
-class _Members(FreeKernelModel):
-    """Members that are trained side by side, since a step of a small mixture is mostly calls: each has points of its own."""
-
-    def __init__(self, starts: Sequence[GaussianMixture]) -> None:
-        super().__init__(
-            GaussianMixture(
-                torch.cat([start.centers for start in starts]),
-                torch.cat([start.precision_tril for start in starts]),
-                log_weights=torch.cat([start.log_weights for start in starts]),
-            )
-        )
-        self._centers = [len(start.centers) for start in starts]
-        self._points = [0] * len(starts)
-
-    def sorted_by(self, member: Int[Tensor, " n"]) -> _Members:
-        """Say to which member each of the points belongs that the mixture is evaluated at next, in ascending order."""
-        self._points = torch.bincount(member, minlength=len(self._centers)).tolist()
-        return self
-
-    def forward(self) -> GaussianMixture:
-        """Mixture that is the first member at the points of the first, and so on."""
-        return _SideBySide(self.pooled(), list(zip(self._centers, self._points, strict=True)))
-
-    def pooled(self) -> GaussianMixture:
-        """Mixture of the members with equal weights."""
-        return super().forward()
-
-
-class _SideBySide(GaussianMixture):
-    def __init__(self, pooled: GaussianMixture, parts: list[tuple[int, int]]) -> None:
-        parameters = pooled.centers, pooled.precision_tril
-        super().__init__(*parameters, log_weights=pooled.log_weights, validate_args=False)
-        self.log_weights = self.log_weights + math.log(len(parts))  # those of a member sum to one
-        self._parts = parts
-
-    def _evaluate(
-        self,
-        x: Tensor,
-        *,
-        score: bool = False,
-        laplacian: bool = False,
-        exclude: Tensor | None = None,
-    ) -> list[Tensor]:
-        points = sum(points for _, points in self._parts)
-        if exclude is not None or x.shape != (points, self.centers.shape[1]):
-            raise ValueError(
-                f"the loss must evaluate the mixture at points like those that it is given, ({points}, "
-                f"{self.centers.shape[1]}), and without exclude; it did so at shape {tuple(x.shape)}"
-            )
-        return evaluate(self._parameters, x, score=score, laplacian=laplacian, parts=self._parts)
-
-
-def _sorted_by(member: Int[Tensor, " n"], loss: Loss) -> Loss:
-    """The loss, whose mean over points is the members' mean weighted by their shares, for points sorted by member."""
-
-    def sorted_loss(
-        members: nn.Module, x: Tensor, index: Tensor | None, generator: torch.Generator
-    ) -> Tensor:
-        assert isinstance(members, _Members)
-        assert index is not None
-        own, order = member[index].sort()
-        return loss(members.sorted_by(own), x[order], None, generator)
-
-    return sorted_loss
 
 
 def fewest_points(d: int, members: int = 5) -> int:
