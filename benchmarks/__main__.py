@@ -8,9 +8,11 @@ the experiments.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -69,6 +71,9 @@ def main() -> None:
     settings = {"centers": options.centers, "points": options.points}
     seconds = time.perf_counter() - started
     about = environment(torch.device("cpu"))
+    about["versions"] |= {
+        name: version(name) for name in ("numba", "pykeops") if importlib.util.find_spec(name)
+    }
     Record("benchmarks", "cpu", settings, tables, [], {}, seconds, about).save(options.out)
 
 
