@@ -28,7 +28,11 @@ from wpo_notes.experiments.records import Record, environment
 def alone(function: Callable, *arguments: object) -> dict:
     """Call a function in a process of its own, so that its memory is its own."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+        result = pool.apply(function, arguments)
+        # an orderly end, which is when PyKeOps writes its cache
+        pool.close()
+        pool.join()
+    return result
 
 
 def measure(n: int, m: int) -> dict[str, list[dict]]:
