@@ -70,6 +70,22 @@ def test_default_variant_starts_as_fit_kernel_model(x):
     same(pooled(train(x, small(steps=0), generator=rng(3))), model(), rtol=0, atol=1e-12)
 
 
+def test_default_variant_is_trained_as_fit_kernel_model(x, monkeypatch):
+    """On batches of all points: else the two draw different ones, since the members are trained side by side there."""
+    draw = torch.randint
+
+    def all_of_them(high, size, **options):
+        return torch.arange(high) if size else draw(high, size, **options)
+
+    monkeypatch.setattr(torch, "randint", all_of_them)
+    fitted = fit_kernel_model(x, centers=30, steps=20, generator=rng(3), progress=False)()
+    own, start = (pooled(train(x, small(steps=k), generator=rng(3))) for k in (20, 0))
+    one, other, before = (mixture.log_prob(x).detach() for mixture in (own, fitted, start))
+    # There a kernel's largest width is relative to the spread of all members' centres, here to that of its member's:
+    # six random clusters spread by a few hundredths more or less.
+    assert float((one - other).abs().mean()) < 0.05 * float((one - before).abs().mean())
+
+
 def test_default_settings_are_those_of_fit_kernel_model():
     defaults = inspect.signature(fit_kernel_model).parameters
     for name in ("members", "steps", "batch_size", "lr"):

@@ -1,6 +1,6 @@
 """Members of a kernel model that are trained side by side, each on points of its own.
 
-A step of a small mixture is mostly calls of functions: five members take little more time together than one of them.
+A step of a small mixture is mostly calls of functions: five members together take far less than five times as long as one.
 """
 
 from __future__ import annotations
