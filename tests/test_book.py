@@ -417,7 +417,7 @@ FIGURE = "<figure>{}<figcaption>Points</figcaption></figure>"
         (r"<p>where $\WProx$ is</p>", r"not rendered: $\WProx$"),
         ("<p>see {eq}`x`</p>", "not rendered: {eq}`"),
         ('<p class="system-message">x</p>', "a message of the build is on the page"),
-        ('<div class="output stderr">x</div>', "a cell's output is of class output stderr"),
+        ('<div class="output stderr">x</div>', "a cell's output is of class output stderr: x"),
     ],
 )
 def test_site_check_finds(body: str, problem: str, tmp_path: Path) -> None:

@@ -272,6 +272,26 @@ def test_hjb_converges_to_the_cole_hopf_solution_with_order_two():
     assert errors[-1] < 1e-3
 
 
+def test_hjb_does_not_depend_on_what_memory_held(monkeypatch: pytest.MonkeyPatch, recwarn):
+    """SciPy's BDF leaves differences unset that its first step subtracts."""
+    x, spacing = centres(20, 5.0)
+    times = torch.tensor([0.0, 1.0], dtype=DTYPE)
+    expected = pde.solve_hjb(wavy(x, 5.0), spacing, times, gamma=GAMMA)
+    empty = np.empty
+
+    def signalling(shape, dtype=float, **options):
+        """NaN on which every operation is invalid, wherever nothing is written."""
+        values = empty(shape, dtype, **options)
+        if values.dtype == np.float64:
+            values.view(np.int64)[...] = 0x7FF0000000000001
+        return values
+
+    monkeypatch.setattr(np, "empty", signalling)
+    solution = pde.solve_hjb(wavy(x, 5.0), spacing, times, gamma=GAMMA)
+    torch.testing.assert_close(solution, expected, rtol=0, atol=0)
+    assert not recwarn.list
+
+
 def test_hjb_of_a_quadratic_potential_away_from_the_walls():
     x, spacing = centres(200, 6.0)
     times = torch.tensor([0.2, 1.0], dtype=DTYPE)

@@ -22,7 +22,7 @@ import numpy as np
 import scipy.sparse as sparse
 import torch
 from jaxtyping import Float
-from scipy.integrate import solve_ivp
+from scipy.integrate import BDF, solve_ivp
 from scipy.interpolate import CubicSpline
 from scipy.special import exprel
 from torch import Tensor
@@ -377,6 +377,18 @@ def _average(faces: tuple[sparse.csr_array, ...]) -> sparse.csr_array:
     return 0.5 * (faces[0] + faces[1])
 
 
+class _BDF(BDF):
+    """SciPy's BDF, whose first step subtracts differences that it has not set.
+
+    Their place is overwritten before it is read again, so the solution is right; but what memory happened to hold
+    may overflow, or be a NaN, and then NumPy warns of it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.D[2:] = 0.0
+
+
 def _integrate(
     velocity: Callable[..., Any],
     jacobian: Callable[..., Any],
@@ -390,7 +402,7 @@ def _integrate(
         velocity,
         (clock[0], clock[-1]),
         values.reshape(-1),
-        method="BDF",
+        method=_BDF,
         t_eval=clock,
         jac=jacobian,
         rtol=_RELATIVE_TOLERANCE,
