@@ -112,7 +112,7 @@ def test_chapters_have_question_module_and_exercises(page: str) -> None:
     modules = re.findall(r"\{py:mod\}`~?wpo_notes\.(\w+)", opening)
     assert modules
     assert set(modules) <= {*names(MODULES), "experiments"}
-    assert re.search(r"^## Exercises$", TEXT[page], re.M)
+    assert re.search(r"^## What was checked$.*^## Exercises$", TEXT[page], re.M | re.S)
 
 
 @pytest.mark.parametrize("page", names(CHAPTERS))
@@ -381,14 +381,17 @@ def test_site_is_built_from_the_chapters_that_pytest_executed(tiny_book: Path) -
 
 
 def test_opening_that_needs_an_unknown_page_fails_the_build(tiny_book: Path) -> None:
+    unneeding = "```{opening}\n\nYou will know it.\n```\n"
     opening = (
         "```{opening}\n:needs: nowhere\n\nYou will know it.\n```\n\n```{checked-claims}\n```\n"
     )
     (tiny_book / "book" / "one.md").write_text(f"# One\n\n{opening}")
-    (tiny_book / "book" / "two.md").write_text("# Second\n\nNo code.\n")
+    (tiny_book / "book" / "two.md").write_text(f"# Second\n\n{unneeding}")
     status, output = build(tiny_book)
     assert status != 0
     assert "nowhere" in output
+    second = (tiny_book / "_build" / "html" / "two.html").read_text(encoding="utf-8")
+    assert "<strong>Needs</strong> no other chapter." in second
     html = (tiny_book / "_build" / "html" / "one.html").read_text(encoding="utf-8")
     assert "a time that was not measured" in html
     assert "No claim of the ledger is decided on this page yet." in html

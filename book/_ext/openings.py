@@ -39,11 +39,10 @@ class OpeningDirective(SphinxDirective):
         box = nodes.container(classes=["opening"])
         self.state.nested_parse(self.content, self.content_offset, box)
         needs = [name.strip() for name in self.options.get("needs", "").split(",") if name.strip()]
-        if needs:
-            text = ", ".join(f"{{doc}}`{name}`" for name in needs)
-            links, _ = self.state.inline_text(text, self.lineno)
-            box += nodes.paragraph("", "", nodes.strong("", "Needs"), nodes.Text(" "), *links)
-            box[-1] += nodes.Text(".")
+        text = ", ".join(f"{{doc}}`{name}`" for name in needs) or "no other chapter"
+        links, _ = self.state.inline_text(text, self.lineno)
+        box += nodes.paragraph("", "", nodes.strong("", "Needs"), nodes.Text(" "), *links)
+        box[-1] += nodes.Text(".")
         box += nodes.paragraph(
             "", "", nodes.strong("", "Runs"), nodes.Text(" in "), PendingTime(page=self.env.docname)
         )

@@ -127,6 +127,10 @@ GROUND = """() => {
 }"""
 
 
+def read(name: str) -> str:
+    return (SITE / f"{name}.html").read_text(encoding="utf-8")
+
+
 class Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open
 
@@ -376,6 +380,42 @@ def test_visit_notes_requests_and_errors(visit):
     assert "error of a script: mine" in found
 
 
+# ---- pictures that move
+
+SHOWN = """animation => {
+  const shown = [...animation.querySelectorAll("img")].filter(image => image.checkVisibility());
+  const slider = animation.querySelector("input");
+  return [shown.map(image => image.dataset.label).join(), slider.getAttribute("aria-valuetext")];
+}"""
+MAX_ANIMATION = 1_000_000  # bytes of its HTML, frames included
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if 'class="animation"' in read(page)])
+def test_animations_move_by_key_and_by_button(name: str, visit):
+    page, problems = visit(f"{name}.html", 1280, "light")
+    for animation in page.locator(".animation").all():
+        assert len(animation.evaluate("animation => animation.outerHTML")) < MAX_ANIMATION
+        slider, button = animation.locator("input"), animation.locator("button")
+        last = int(slider.get_attribute("max"))
+        slider.focus()
+        seen = []
+        for key, frame in (("Home", 0), ("ArrowRight", 1), ("End", last)):
+            slider.press(key)
+            label, text = animation.evaluate(SHOWN)
+            assert slider.input_value() == str(frame)
+            assert label == text
+            seen.append(label)
+        assert len(set(seen)) == 3
+        button.click()  # from the end it starts anew
+        assert button.inner_text() == "Pause"
+        page.wait_for_function("slider => slider.value === '2'", arg=slider.element_handle())
+        button.click()
+        assert button.inner_text() == "Play"
+        label, text = animation.evaluate(SHOWN)
+        assert label == text != seen[-1]
+    report(problems, name)
+
+
 # ---- search
 
 
@@ -477,7 +517,7 @@ def grounds(contexts, address) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_figures_are_legible_in_both_themes(name: str, grounds):
-    found = Images((SITE / f"{name}.html").read_text(encoding="utf-8")).found
+    found = Images(read(name)).found
     problems = [
         f"image {address[:60]} {problem}"
         for address in found
