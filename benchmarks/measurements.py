@@ -17,7 +17,7 @@ from wpo_notes.fit import fit, fit_kernel_model
 from wpo_notes.metrics import kl_divergence
 from wpo_notes.model import KernelModel
 
-__all__ = ["accuracy", "evaluation", "floor", "growth", "quality", "training"]
+__all__ = ["accuracy", "evaluation", "floor", "growth", "quality", "training", "wide"]
 
 _CHECKED = 500  # points at which the errors are measured
 
@@ -115,11 +115,23 @@ def floor(n: int, m: int, d: int, threads: int) -> dict:
     }
 
 
-def growth(n: int, m: int) -> dict:
-    """Time and memory at N centres and M points in the plane."""
+def wide(n: int, m: int, d: int, name: str) -> dict:
+    """Time of one way to log-density and score where each kernel reaches all points: none can be left out."""
     torch.set_num_threads(1)
-    mixture, x = problem(n, m, 2)
-    mixture.log_prob_and_score(x[:2])
+    mixture, x = problem(n, m, d, across=0.5, along=1.0)
+    way, fewer = ways(mixture)[name]
+    points = x[: m // fewer]
+    time_ = milliseconds(lambda: way(points), 3.0) * m / len(points)
+    truth = exact(mixture, points[:_CHECKED])
+    error = float((way(points)[0][:_CHECKED] - truth.log_prob).abs().max())
+    return {"way": name, "d": d, "points": len(points), "milliseconds": time_, "log-density": error}
+
+
+def growth(n: int, m: int, d: int = 2) -> dict:
+    """Time and memory at N centres and M points."""
+    torch.set_num_threads(1)
+    mixture, x = problem(n, m, d)
+    mixture.log_prob_and_score(x)  # the pages of the libraries' code are not the evaluation's
     memory = peak_megabytes(lambda: mixture.log_prob_and_score(x))
     started = time.perf_counter()  # once more, now that the memory is there
     mixture.log_prob_and_score(x)

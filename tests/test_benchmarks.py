@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.measurements import peak_megabytes, quality
+from benchmarks.__main__ import alone
+from benchmarks.measurements import growth, peak_megabytes, quality
 from benchmarks.ways import exact, problem, training_step, ways
 from wpo_notes.experiments.records import Record
 
@@ -32,6 +34,9 @@ def test_kernels_have_the_widths_that_are_said():
     torch.testing.assert_close(deviations[:, :5], torch.full((100, 5), 0.02), rtol=1e-2, atol=0)
     torch.testing.assert_close(deviations[:, 5], torch.full((100,), 0.1), rtol=1e-2, atol=0)
     assert 2 < float(mixture.centers.norm(dim=1).mean()) < 4
+    wide, _ = problem(100, 1, 6, across=0.5, along=1.0)
+    torch.testing.assert_close(wide.centers, mixture.centers)
+    assert math.isclose(float(wide.precision_tril.det()[0]), 2**5, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["wpo_notes", "einsum over differences", "network alone"])
@@ -50,6 +55,12 @@ def test_quality_is_measured():
 def test_peak_memory_is_seen():
     found = peak_megabytes(lambda: torch.ones(50 * 2**18).sum())  # 50 MB
     assert found is None or 45 < found < 70
+
+
+@pytest.mark.parametrize("d", [2, 16])
+def test_evaluation_takes_no_more_than_64_megabytes(d):
+    megabytes = alone(growth, 5000, 10_000, d)["megabytes"]
+    assert megabytes is None or megabytes < 64
 
 
 def test_record_is_whole():

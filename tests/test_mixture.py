@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -248,6 +249,27 @@ def test_float32_error(std, ratio, offset, d):
     assert float((mixture.laplacian_ratio(x) - ratio_).abs().max() / scale) < 5e-5
 
 
+def test_float32_error_in_many_dimensions():
+    """The log-density is about 150: the sum of 64 logarithms, where float32 has steps of 1.5e-5."""
+    mixture, x = problem(300, 1000, 64)
+    log_prob, *_ = differences(mixture, x[::20])
+    error = float((mixture.log_prob(x)[::20] - log_prob).abs().max())
+    half_a_step = torch.finfo(torch.float32).eps * 128 / 2
+    # The rest is the exponents' own rounding; 2.2e-6 was measured.
+    assert error < half_a_step + 5e-6
+
+
+@pytest.mark.usefixtures("by_cells")
+def test_cells_of_wide_kernels_are_as_large_as_rounding_allows():
+    """Where all centres contribute everywhere, small cells would only lift them again and again."""
+    centers = torch.randn(400, 16, generator=seeded())
+    x = 1.4 * torch.randn(1000, 16, generator=seeded(1))
+    for scale, dtype in ((1.0, torch.float32), (3.8, F64)):  # float32 would need cells within 4.8
+        tril = scale * torch.eye(16).expand(400, -1, -1)
+        (cells,) = cells_of(x, tril, centers, truncate=True)
+        assert (cells.index.shape, cells.dtype) == ((1, 1000), dtype)
+
+
 @pytest.mark.usefixtures("engine")
 def test_float32_score_is_relative_to_its_own_norm():
     mixture = make(300, 2, std=0.02, offset=100, dtype=torch.float32)
@@ -292,10 +314,14 @@ def test_far_narrow_kernel_does_not_leak_through_the_clamp():
 
 
 def cells_of(
-    x: torch.Tensor, tril: torch.Tensor, *, truncate: bool = False
+    x: torch.Tensor,
+    tril: torch.Tensor,
+    centers: torch.Tensor | None = None,
+    *,
+    truncate: bool = False,
 ) -> list[_evaluation._Cells]:
     zeros = x.new_zeros(len(tril), x.shape[1])
-    parameters = _evaluation.Parameters(zeros, tril, zeros[:, 0])
+    parameters = _evaluation.Parameters(zeros if centers is None else centers, tril, zeros[:, 0])
     sides = _evaluation._Sides(parameters, score=False, laplacian=False)
     return _evaluation._cells(x, sides, truncate=truncate)
 
@@ -339,7 +365,12 @@ def test_cells():
     tril = torch.eye(2, dtype=F64)[None]
     assert len(cells_of(x.double(), tril / 0.02)[0].index) == 1
     assert len(cells_of(x.double(), tril / 0.05, truncate=True)[0].index) == 1
-    assert len(cells_of(x.double(), tril / 0.02, truncate=True)[0].index) == 16
+    # a lone centre contributes everywhere
+    assert len(cells_of(x.double(), tril / 0.02, truncate=True)[0].index) == 1
+    grid = torch.linspace(0, 1, 21, dtype=F64)
+    grid = torch.cartesian_prod(grid, grid)
+    many = cells_of(x.double(), tril.expand(441, -1, -1) / 0.02, grid, truncate=True)
+    assert len(many[0].index) == 16
     # float32 points in [0, 1), kernels for which even float64 about one origin would lose too much
     assert cell_sizes(x, 1e-9) == [(F64, False, 1, 2000)]
     assert cell_sizes(x[:1], 1e-8) == [(F64, True, 1, 1)]
@@ -593,6 +624,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("by_cells")
 @pytest.mark.parametrize("fused", [True, False])
 def test_memory_is_bounded(fused, monkeypatch):
     # Of neither pass: the backward pass recomputes the weights.
@@ -610,6 +642,48 @@ def test_memory_is_bounded(fused, monkeypatch):
     with LargestTensor() as largest:  # the recorder does see what a naive evaluation makes
         centers[:, None] - x[:50]
     assert largest.elements == n * 50 * d
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_backward_pass_is_given_nothing_of_points_times_centres(name):
+    n, m, d = 2000, 3000, 6
+    centers, tril, _ = parameters(n, d, dtype=torch.float32)
+    x = GaussianMixture(centers, tril).sample((m,), generator=seeded(1))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        values = evaluated(name)(x, centers.requires_grad_(), tril.requires_grad_(), None)
+    # 0.7 MB by differences and 2.0 to 3.1 by cells were measured; all differences would be 144 MB.
+    assert 0 < sum(kept.values()) < 4 * m * n * d / 30
+    tracemalloc.start()  # what NumPy allocates, as compiled differences do
+    values.sum().backward()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * m * n * d / 30
+
+
+def test_memory_of_many_points_is_that_of_the_results(monkeypatch):
+    mixture = make(30, 2, dtype=torch.float32)
+    x = mixture.sample((1000,), generator=seeded(1))
+    exclude = torch.arange(1000) % 30
+    expected = [
+        *mixture.log_prob_and_score(x),
+        *mixture.score_and_laplacian_ratio(x, exclude=exclude),
+    ]
+    monkeypatch.setattr(_evaluation, "_MOST_POINTS", 300)
+    with LargestTensor() as largest:
+        found = [
+            *mixture.log_prob_and_score(x),
+            *mixture.score_and_laplacian_ratio(x, exclude=exclude),
+        ]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert largest.elements <= 30 * 300
 
 
 # ---- leaving a centre out --------------------------------------------------------------------

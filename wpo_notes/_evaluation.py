@@ -27,6 +27,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -45,12 +46,16 @@ _SMALLEST_CELL = 128
 TRUNCATION = {torch.float32: 1e-12, torch.float64: 1e-24}
 # Cells reach about so many times as far as the median kernel, where there are others too far away to contribute.
 _REACH = 3
-# Cells are evaluated one by one where no more than this share of the centres remains.
+# Cells are evaluated one by one where no more than this share of the centres remains,
 _WORTH_TRUNCATING = 0.5
+# told from about so many of the cells.
+_SAMPLED_CELLS = 16
 # This many numbers of the centres' side, keys and values, are made at a time if there are many cells.
 _KEY_ELEMENTS = 2**21
 # Centres are taken in shards whose sides have about this many numbers, so that memory does not grow with them.
 _SIDE_ELEMENTS = 2**24
+# So many points are evaluated at a time, so that memory does not grow with them beyond the results.
+_MOST_POINTS = 2**18
 # Compiled differences, where they serve, are the fastest in up to so many dimensions,
 _LARGEST_COMPILED = 8
 # except for so many points in boxes that reach no more than so many times as far as one cell, in float32.
@@ -75,8 +80,8 @@ class Parameters(NamedTuple):
         return self.precision_tril @ self.precision_tril.mT
 
     def log_scale(self) -> Tensor:
-        """Log of weight times normalisation of each component, (N,)."""
-        log_det = self.precision_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        """Log of weight times normalisation of each component, (N,), in float64: in many dimensions it is large."""
+        log_det = self.precision_tril.diagonal(dim1=-2, dim2=-1).double().log().sum(-1)
         return self.log_weights + log_det - 0.5 * self.centers.shape[1] * math.log(2 * math.pi)
 
 
@@ -97,6 +102,13 @@ def evaluate(
     """
     if parts is not None:
         return _evaluate_parts(parameters, points, score, laplacian, parts)
+    if len(points) > _MOST_POINTS:
+        left_out = repeat(None) if exclude is None else exclude.split(_MOST_POINTS)
+        blocks = [
+            evaluate(parameters, block, score=score, laplacian=laplacian, exclude=own)
+            for block, own in zip(points.split(_MOST_POINTS), left_out, strict=False)
+        ]
+        return [torch.cat(values) for values in zip(*blocks, strict=True)]
     count, d = parameters.centers.shape
     # at least two centres a shard, so that one can be left out
     shards = min(-(-count * (d * d + 124) // _SIDE_ELEMENTS), max(1, count // 2))
@@ -180,7 +192,7 @@ def _by_differences(
 ) -> list[Tensor]:
     def otherwise(points: Tensor, centers: Tensor, tril: Tensor, log_scale: Tensor) -> list[Tensor]:
         unweighted = Parameters(centers, tril, torch.zeros_like(log_scale))
-        again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())
+        again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())  # float64
         if parts is None:
             return _by_cells(again, points, True, True, exclude)
 
@@ -190,7 +202,8 @@ def _by_differences(
         return _part_by_part(each, again, points, parts)
 
     averages = score or laplacian
-    arguments = (points, *parameters[:2], parameters.log_scale(), exclude, averages, otherwise)
+    log_scale = parameters.log_scale().to(points.dtype)
+    arguments = (points, *parameters[:2], log_scale, exclude, averages, otherwise)
     log_prob, *means = compiled.evaluate_by_differences(*arguments, parts)
     return [
         log_prob,
@@ -270,11 +283,12 @@ def _by_cells(
             excluded = None if exclude is None else exclude[part.index]
             arguments = (points[part.index].to(part.dtype), part.origin, excluded, kept)
             indices.append(part.index)
-            results.append(
+            log_prob, *means = (
                 checkpoint(side, *arguments, use_reentrant=False, preserve_rng_state=False)
                 if recompute
                 else side(*arguments)
             )
+            results.append((sides.with_level(log_prob), *means))
     return [
         _restored(indices, [value.flatten(0, 1).to(points.dtype) for value in values], len(points))
         for values in zip(*results, strict=True)
@@ -290,7 +304,8 @@ def exponents(parameters: Parameters, points: Tensor) -> Tensor:
         for part in cells.chunks(1):
             local = points[part.index[0]].to(part.dtype)
             indices.append(part.index)
-            results.append(side.exponents(local, part.origin[0]).to(points.dtype))
+            exponents = side.exponents(local, part.origin[0])
+            results.append(sides.with_level(exponents).to(points.dtype))
     return _restored(indices, results, len(points))
 
 
@@ -329,24 +344,43 @@ def _cells(points: Tensor, sides: _Sides, *, truncate: bool) -> list[_Cells]:
     Each precision in turn takes the cells that are small enough for it, and the next one the rest; what
     remains is for differences.
     """
-    rest = torch.arange(len(points), device=points.device)[None]
+    rest = torch.arange(len(points), device=points.device)
     points = points.detach()
     if len(points) <= 1:
         # The sum is the point itself, or zero if there is none (and it works inside vmap).
-        return [_Cells(rest, points.sum(0, keepdim=True).double(), torch.float64, True)]
+        return [_Cells(rest[None], points.sum(0, keepdim=True).double(), torch.float64, True)]
     found, norm, reach = [], None, math.inf
     for dtype in _products(points.dtype):
         if _too_coarse(points, dtype, sides):
             continue
+        side = sides[dtype, True]
         if norm is None:
-            norm = sides[dtype, True].norm()
-            reach = _worthwhile_reach(points, sides[dtype, True]) if truncate else math.inf
-        groups, rest = _small_cells(points, rest, _radius(points, dtype, norm), reach)
+            norm = side.norm()
+            reach = _worthwhile_reach(points, side) if truncate else math.inf
+        radius = _radius(points, dtype, norm)
+        groups, left = _small_cells(points, rest[None], radius, reach)
+        if reach < math.inf and not _few_contribute(points, groups, side):
+            reach = math.inf  # cells as small as that would only lift all centres again and again
+            groups, left = _small_cells(points, rest[None], radius, reach)
         found += [_Cells(index, origin, dtype, True) for index, origin in groups]
-        if not len(rest):
+        if not len(left):
             return found
-    rest = rest.unique()
+        rest = left.unique()  # the next precision may do with fewer and larger cells
     return [*found, _Cells(rest[None], points[rest[:1]], torch.float64, False)]
+
+
+def _few_contribute(points: Tensor, groups: list[tuple[Tensor, Tensor]], side: _Lifted) -> bool:
+    """Whether so few centres contribute to cells that these are worth evaluating one by one, told from some of them."""
+    shares = []
+    for index, origin in groups:
+        some = slice(None, None, -(-len(index) // _SAMPLED_CELLS))
+        local, about = (
+            points[index[some]].to(side.centers.dtype),
+            origin[some].to(side.centers.dtype),
+        )
+        shares.append(side._contributing(local, about).double().mean() * index.numel())
+    total = sum(index.numel() for index, _ in groups)
+    return not groups or float(sum(shares)) <= _WORTH_TRUNCATING * total
 
 
 def _worthwhile_reach(points: Tensor, side: _Lifted) -> float:
@@ -428,6 +462,10 @@ class _Sides(dict[tuple[torch.dtype, bool], Any]):
     def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
         super().__init__()
         self.parameters, self.score, self.laplacian = parameters, score, laplacian
+        log_scale = parameters.log_scale()
+        # Left out of the exponents and added to their log-sum-exp in float64, so that float32 rounds small numbers.
+        self.level = log_scale.detach().amax()
+        self.log_scale = log_scale - self.level
 
     @torch.no_grad()
     def mean_eigenvalue(self) -> float:
@@ -438,18 +476,25 @@ class _Sides(dict[tuple[torch.dtype, bool], Any]):
     def __missing__(self, kind: tuple[torch.dtype, bool]) -> _Lifted | _Differences:
         dtype, lifted = kind
         form = _Lifted if lifted else _Differences
-        self[kind] = form(self.parameters.to(dtype), self.score, self.laplacian)
+        parameters, log_scale = self.parameters.to(dtype), self.log_scale.to(dtype)
+        self[kind] = form(parameters, log_scale, self.score, self.laplacian)
         return self[kind]
+
+    def with_level(self, exponents: Tensor) -> Tensor:
+        """Exponents, or their log-sum-exp, with what was left out of them."""
+        return exponents.double() + self.level
 
 
 class _Lifted:
     """Centres' side of the lifted form: what makes an attention layer's keys and values (Section 6.2)."""
 
-    def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
+    def __init__(
+        self, parameters: Parameters, log_scale: Tensor, score: bool, laplacian: bool
+    ) -> None:
         self.score, self.laplacian = score, laplacian
         self.centers, self.tril = parameters.centers, parameters.precision_tril
         self.precision = parameters.precision()
-        self.log_scale = parameters.log_scale()
+        self.log_scale = log_scale
         self.quadratic = -0.5 * _packed(self.precision)
         length = self.quadratic.shape[1] * (1 + score + laplacian)
         if laplacian:
@@ -638,11 +683,13 @@ class _Differences:
         """Cells to evaluate one at a time, all with all centres."""
         return ((part, None) for part in cells.chunks(1))
 
-    def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
+    def __init__(
+        self, parameters: Parameters, log_scale: Tensor, score: bool, laplacian: bool
+    ) -> None:
         self.score, self.laplacian = score, laplacian
         self.centers = parameters.centers
         self.precision = parameters.precision()
-        self.log_scale = parameters.log_scale()
+        self.log_scale = log_scale
 
     def _pulled(self, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Coordinates of x - Z_i and of Gamma_i (x - Z_i), each (m, N)."""
