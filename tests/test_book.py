@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import check_site
 import jupytext
+import numpy as np
 import pytest
 import ruff_chapters
 import yaml
 
 import wpo_notes.ledger
+from wpo_notes.__main__ import main
 
 pytest_plugins = "pytester"
 
@@ -161,6 +164,19 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert quick != example
     exec(compile(quick, "README.md", "exec"), scope)
     assert scope["score"].shape == scope["x"].shape
+
+
+def test_readme_commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The calls of the package in the README, in its order and in one folder, with few training steps."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(found) for found in re.findall(r"`python -m wpo_notes\s([^`]+)`", text)]
+    assert [command[0] for command in commands] == ["fit", "report"]
+    monkeypatch.chdir(tmp_path)
+    samples = np.random.RandomState(0).standard_normal((30, 2))
+    np.savetxt("samples.csv", samples, delimiter=",", header="a,b", comments="")
+    for command in commands:
+        main([*command, "--steps", "3"])
+        assert Path(command[command.index("--out") + 1]).stat().st_size > 1000
 
 
 # ---- the Makefile
