@@ -258,7 +258,10 @@ def test_requirements_are_the_packages_and_the_cells() -> None:
     assert {"os", "wpo_notes", "ruff"} & set(found) == set()
 
 
-def test_notebook_runs_in_an_empty_folder_without_the_repository(tmp_path: Path) -> None:
+@pytest.mark.parametrize("absent", [[], ["ot", "torchdiffeq"]], ids=["all there", "two absent"])
+def test_notebook_runs_in_an_empty_folder_without_the_repository(
+    tmp_path: Path, absent: list[str]
+) -> None:
     cells = (
         "from pathlib import Path\n\nfrom myst_nb import glue\n\nimport wpo_notes\n"
         "from wpo_notes.datasets import get",
@@ -271,13 +274,15 @@ def test_notebook_runs_in_an_empty_folder_without_the_repository(tmp_path: Path)
     made = portable.portable(notebook, MACROS, ROLES)
     nbformat.validate(made)
     assert made.cells[0].metadata["jupyter"] == {"source_hidden": True}
-    # The test's environment has the package and myst-nb: hide both, as where neither is installed.
+    # The test's environment has the package and myst-nb: hide both, as where neither is installed. And print what
+    # would be run.
     hide = (
-        "import sys\nfrom importlib.machinery import PathFinder\n"
+        "import subprocess, sys\nfrom importlib.machinery import PathFinder\n"
+        "subprocess.run = lambda command, check: print('run', command, check)\n"
         "class Hidden(PathFinder):\n"
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
-        "        if name == 'myst_nb':\n            return None\n"
+        f"        if name in {[*absent, 'myst_nb']}:\n            return None\n"
         "        spec = super().find_spec(name, path, target)\n"
         "        away = name == 'wpo_notes' and spec and not spec.origin.startswith(sys.argv[1])\n"
         "        return None if away else spec\n"
@@ -290,7 +295,11 @@ def test_notebook_runs_in_an_empty_folder_without_the_repository(tmp_path: Path)
     empty.mkdir()
     run = subprocess.run([sys.executable, script, empty], cwd=empty, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "The package and the records of this page are in" in run.stdout
+    *commands, last = run.stdout.splitlines()
+    assert last.startswith("The package and the records of this page are in")
+    wanted = [portable.requirements([])[module] for module in absent]  # POT>=..., torchdiffeq>=...
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
+    assert commands == ([f"run {pip} True"] if absent else [])
     assert [path.name[:9] for path in empty.iterdir()] == ["wpo_notes"]
 
 
