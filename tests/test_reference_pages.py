@@ -332,7 +332,11 @@ def test_latex_reads_the_macros(tmp_path: Path) -> None:
 
 def test_public_modules_have_examples() -> None:
     """The modules that a reader calls; `pytest --doctest-modules` runs them."""
-    for name in ("datasets", "fit", "losses", "metrics", "pde", "proximal", "sde"):
+    for name in (
+        *("datasets", "diffusion", "estimator", "fit", "losses", "metrics"),
+        *("mixture", "model", "pde", "proximal", "sde"),
+    ):
         tree = ast.parse((ROOT / "wpo_notes" / f"{name}.py").read_text(encoding="utf-8"))
-        documented = [ast.get_docstring(node) or "" for node in tree.body if hasattr(node, "body")]
+        public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        documented = [ast.get_docstring(node) or "" for node in public]
         assert any(">>> " in text for text in documented), name
