@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import check_site
 import jupytext
+import numpy as np
 import pytest
 import ruff_chapters
 import yaml
 
 import wpo_notes.ledger
+from wpo_notes.__main__ import main
 
 pytest_plugins = "pytester"
 
@@ -163,6 +166,19 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert scope["score"].shape == scope["x"].shape
 
 
+def test_readme_commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The calls of the package in the README, in its order and in one folder, with few training steps."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(found) for found in re.findall(r"`python -m wpo_notes\s([^`]+)`", text)]
+    assert [command[0] for command in commands] == ["fit", "report"]
+    monkeypatch.chdir(tmp_path)
+    samples = np.random.RandomState(0).standard_normal((30, 2))
+    np.savetxt("samples.csv", samples, delimiter=",", header="a,b", comments="")
+    for command in commands:
+        main([*command, "--steps", "3"])
+        assert Path(command[command.index("--out") + 1]).stat().st_size > 1000
+
+
 # ---- the Makefile
 
 
@@ -274,7 +290,7 @@ def test_cells_have_a_timeout(tiny_chapters: pytest.Pytester) -> None:
 
 @pytest.fixture
 def tiny_book(tmp_path: Path) -> Path:
-    """A book of two chapters and a ledger, with the real configuration and extension."""
+    """A book of two chapters, a ledger and a reference, with the real configuration and extensions."""
     book = tmp_path / "book"
     book.mkdir()
     for name in ("_ext", "_static"):
@@ -285,8 +301,12 @@ def tiny_book(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "wpo_notes").mkdir()
     (tmp_path / "wpo_notes" / "key.py").write_text("")
-    toc = {"format": "jb-book", "root": "one", "chapters": [{"file": "two"}, {"file": "ledger"}]}
+    files = [{"file": name} for name in ("two", "ledger", "api")]
+    toc = {"format": "jb-book", "root": "one", "chapters": files}
     (book / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (book / "api.md").write_text(
+        "# Reference\n\n```{eval-rst}\n.. automodule:: wpo_notes.ledger\n   :members:\n```\n"
+    )
     (book / "ledger.md").write_text(
         "# Ledger\n\n```{ledger} claim\n```\n\n```{ledger-summary}\n```\n"
     )
@@ -374,6 +394,13 @@ def test_site_is_built_from_the_chapters_that_pytest_executed(tiny_book: Path) -
     assert "You will know it." in box
     assert re.search(r'<strong>Needs</strong> <a [^>]*href="two.html"', box)
     assert "in 1 s (this page, when it was last built)" in box
+    (entry,) = re.findall(r'<strong>In the package</strong>: <a [^>]*href="([^"]*)"', box)
+    assert entry == "api.html#wpo_notes.ledger.record"
+    # and back
+    reference = (tiny_book / "_build" / "html" / "api.html").read_text(encoding="utf-8")
+    assert re.search(
+        r'id="wpo_notes.ledger.record".*?Used in <a [^>]*href="one.html"', reference, re.S
+    )
     # the list at the end
     (item,) = re.findall(r"<li>.*?</li>", html[html.index("checked-claims") :], re.S)[:1]
     assert 'href="#verdict-cole-hopf"' in item
@@ -392,6 +419,7 @@ def test_opening_that_needs_an_unknown_page_fails_the_build(tiny_book: Path) -> 
     assert "nowhere" in output
     second = (tiny_book / "_build" / "html" / "two.html").read_text(encoding="utf-8")
     assert "<strong>Needs</strong> no other chapter." in second
+    assert "In the package" not in second
     html = (tiny_book / "_build" / "html" / "one.html").read_text(encoding="utf-8")
     assert "a time that was not measured" in html
     assert "No claim of the ledger is decided on this page yet." in html

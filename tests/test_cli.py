@@ -1,14 +1,17 @@
 """The commands for one's own samples, on scikit-learn's real data and on files that are wrong."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_diabetes, load_iris
+from sklearn.datasets import __file__ as sklearn_datasets
+from sklearn.datasets import load_diabetes, load_iris, load_linnerud
 
 from wpo_notes import fit as fit_module
 from wpo_notes.__main__ import main
@@ -17,6 +20,8 @@ from wpo_notes.fit import fit_kernel_model
 from wpo_notes.model import FreeLowRankKernelModel, KernelModel
 from wpo_notes.structured import LowRankGaussianMixture
 
+# Files that nobody made for this package.
+OTHERS = Path(sklearn_datasets).parent / "data"
 QUICK = ["--centers", "10", "--steps", "3"]
 FEATURES = tuple(load_iris().feature_names)
 
@@ -56,6 +61,15 @@ def test_fit_is_fit_kernel_model_on_the_distinct_rows(iris, capsys):
     )
     assert torch.equal(loaded().log_prob(x), same().log_prob(x))
     assert not (iris / "again.safetensors.parts").exists()
+
+
+def test_fit_shows_its_progress(iris, tmp_path, capsys):
+    pytest.importorskip("tqdm", reason="tqdm is not installed: no progress bar")
+    run("fit", iris / "iris.csv", "--out", tmp_path / "model.safetensors", *QUICK)
+    out, err = capsys.readouterr()
+    # One number of centres is asked for, and each of the five members has two.
+    assert re.search(r"fit_kernel_model: 1 sizes .*centres=2", err)
+    assert "sizes" not in out
 
 
 def test_sample_keeps_the_names_and_obeys_the_seed(iris):
@@ -223,9 +237,7 @@ def test_killed_fit_goes_on(iris, tmp_path, monkeypatch, capsys):
     [
         (None, "no file at"),
         ("a,b\n" + "1,2\n" * 3, "column(s) 'a', 'b' are constant"),
-        ("a,b\n1,2\n3,4\n5,7\n", "has 3 distinct rows, but a fit of 2 column(s) needs at least 14"),
-        ("a,b\n1,2\n3,\n", "row 2 (line 3), column 'b': a missing value"),
-        ("a,b\n1,2\n3,x\n", "row 2 (line 3), column 'b': 'x' is not a number"),
+        ("a,b\n1,2\n3,4\n5,7\n", "has 3 distinct rows, but a fit of 2 column(s)"),
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "report"])
@@ -236,6 +248,33 @@ def test_errors_of_the_samples(tmp_path, capsys, command, content, message):
     text = fails(capsys, command, path, "--out", tmp_path / "out")
     assert f"python -m wpo_notes {command}: error:" in text
     assert message in text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("3,4,5,", "row 2 (line 3), column 'petal width (cm)': a missing value"),
+        ("3,4,5,x", "row 2 (line 3), column 'petal width (cm)': 'x' is not a number"),
+        ("3,4,5", "row 2 (line 3): 3 cell(s), but line 1 has 4: 'petal width (cm)' has none"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "report", "density", "plot"])
+def test_errors_of_a_row(iris, tmp_path, capsys, command, row, message):
+    path, model = tmp_path / "points.csv", iris / "model.safetensors"
+    path.write_text(f"{','.join(FEATURES)}\n1,2,3,4\n{row}\n")
+    points = {"density": (model, path), "plot": (model, "--data", path)}.get(command, (path,))
+    text = fails(capsys, command, *points, "--out", tmp_path / "out.png")
+    assert f"python -m wpo_notes {command}: error: {path}, {message}" in text
+
+
+def test_report_needs_rows_for_a_fit_to_four_fifths_of_them(tmp_path, capsys):
+    """15 rows are enough for a fit, but the 12 that a report would fit are not."""
+    path = tmp_path / "samples.csv"
+    write_table(path, FEATURES[:2], np.random.RandomState(0).standard_normal((15, 2)))
+    message = fails(capsys, "report", path, "--out", tmp_path / "report.html", *QUICK)
+    assert f"error: {path} has 15 distinct rows, but a fit of 2 column(s) that holds out" in message
+    assert "needs at least 18: bring more rows, or choose fewer columns" in message
+    run("fit", path, "--out", tmp_path / "model.safetensors", *QUICK)
 
 
 def test_errors_of_the_other_files(iris, tmp_path, capsys):
@@ -279,6 +318,35 @@ def test_chosen_columns_keep_their_order(iris, tmp_path):
         *columns,
     )
     assert KernelModel.load(tmp_path / "two.safetensors").column_names == tuple(columns)
+
+
+def test_every_command_on_scikit_learns_own_file_of_iris(tmp_path):
+    """Its first line is '150,4,setosa,versicolor,virginica', above four columns of numbers and one of classes."""
+    columns = ("150", "4", "setosa", "versicolor")
+    file, model = OTHERS / "iris.csv", tmp_path / "model.safetensors"
+    new, density = tmp_path / "new.csv", tmp_path / "density.npy"
+    run("fit", file, "--out", model, *QUICK, "--columns", *columns)
+    run("sample", model, "--count", 50, "--out", new)
+    assert read_table(new).columns == columns
+    run("density", model, file, "--out", density)
+    with torch.no_grad():
+        expected = KernelModel.load(model)().log_prob(torch.as_tensor(load_iris().data))
+    np.testing.assert_allclose(np.load(density)[:, 4], expected.numpy())
+    run("plot", model, "--data", file, "--out", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    run("report", file, "--out", tmp_path / "report.html", *QUICK, "--columns", *columns)
+    assert "<td>kernel model" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_fit_and_density_on_scikit_learns_own_file_of_linnerud(tmp_path, capsys):
+    """Names and numbers between blanks; 20 rows of 3 columns, one more than a fit needs."""
+    file, model = OTHERS / "linnerud_exercise.csv", tmp_path / "model.safetensors"
+    run("fit", file, "--out", model, *QUICK)
+    assert KernelModel.load(model).column_names == ("Chins", "Situps", "Jumps")
+    run("density", model, file, "--out", tmp_path / "density.npy")
+    assert np.array_equal(np.load(tmp_path / "density.npy")[:, :3], load_linnerud().data)
+    assert "20 rows are few for 3 columns" in capsys.readouterr().err
+    assert "needs at least 24" in fails(capsys, "report", file, "--out", tmp_path / "report.html")
 
 
 def test_help_in_a_process_of_its_own_shows_the_commands():

@@ -133,7 +133,15 @@ def test_numpy(tmp_path):
         ("a,b\nNA,2\nnan,inf\n", r"row 1 \(line 2\), column 'a': a missing value \(of 3 in"),
         ("a,b\n1,inf\n", r"row 1 \(line 2\), column 'b': an infinite value"),
         (",2\n1,3\n", r"row 1 \(line 1\), column 'x1': a missing value"),
-        ("a,b\n1,2\n1,2,3\n", "line 3: 3 cells, but the first line has 2"),
+        (
+            "a,b\n1,2\n1,2,3\n",
+            r"row 2 \(line 3\): 3 cell\(s\), but line 1 has 2: '3' is extra",
+        ),
+        (
+            "\na,b,c\n1,2,3\n\n1\n",
+            r"row 2 \(line 5\): 1 cell\(s\), but line 2 has 3: 'b' has none",
+        ),
+        ("1,2\n3\n", r"row 2 \(line 2\): 1 cell\(s\), but line 1 has 2: 'x2' has none"),
         ("a;b\n1,5;2\n", r"column 'a': '1,5' is not a number: write decimal points"),
         ("a,a\n1,2\n", "more than one column 'a'"),
         ("a,b\n", "has no rows of numbers"),
@@ -174,9 +182,9 @@ def normal(n=200, d=2, seed=0):
     return np.random.RandomState(seed).standard_normal((n, d))
 
 
-def checked(values):
+def checked(values, **options):
     names = tuple("abcdefgh"[: values.shape[1]])
-    return checked_for_density(Table(names, values, True), "data.csv")
+    return checked_for_density(Table(names, values, True), "data.csv", **options)
 
 
 def test_no_doubts_about_normal_samples():
@@ -221,6 +229,15 @@ def test_what_has_no_density_is_refused():
     with pytest.raises(ValueError, match=r"has 13 distinct rows, but .* 2 column.* at least 14"):
         checked(normal(13))
     assert len(checked(normal(14))[0].values) == 14
+
+
+def test_rows_that_are_held_out_are_needed_on_top():
+    """Of 18 rows the largest of 5 folds has 4, and 14 are left; of 17 it has 4 too."""
+    with pytest.raises(
+        ValueError, match=r"has 17 .* 2 column\(s\) that holds out one row in 5 needs at least 18"
+    ):
+        checked(normal(17), folds=5)
+    assert len(checked(normal(18), folds=5)[0].values) == 18
 
 
 def test_csv_is_what_pythons_module_reads(tmp_path):

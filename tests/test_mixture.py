@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -20,17 +21,21 @@ from torch.distributions import (
     Distribution,
     ExpTransform,
     Independent,
+    LogNormal,
+    LowRankMultivariateNormal,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
     kl_divergence,
 )
+from torch.distributions.kl import _dispatch_kl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ways import problem
 from wpo_notes import _attention, _evaluation, metrics
-from wpo_notes.mixture import ExpandedMixture, GaussianMixture
+from wpo_notes.mixture import ExpandedMixture, GaussianMixture, _kl_of_torch, kl_monte_carlo
+from wpo_notes.structured import LowRankGaussianMixture
 
 F64 = torch.float64
 
@@ -993,6 +998,36 @@ def test_kl_divergence_with_torch_s_distributions():
     law = type("Law", (), {"log_prob": mixture.log_prob, "sample": lambda self, n, generator: mixture.sample((n,), generator=generator)})  # fmt: skip
     value, error = metrics.kl_divergence(law(), other.log_prob, n=10_000, generator=seeded(1))
     assert abs(float(found) - value) < 5 * 2 * error
+
+
+def test_kl_divergence_to_any_distribution_on_the_space():
+    p, scale = make(3, 2), torch.tensor([1.0, 2.0], dtype=F64)
+    axes = Independent(Normal(torch.zeros(2, dtype=F64), scale), 1)
+    low_rank = LowRankMultivariateNormal(axes.mean, scale[:, None], scale)
+    stretched = TransformedDistribution(axes, AffineTransform(1.0, 2 * scale, event_dim=1))
+    for law, mean, covariance in (
+        (axes, 0, scale.square().diag()),
+        (low_rank, 0, scale.diag() + torch.outer(scale, scale)),
+        (stretched, 1, 4 * scale.pow(4).diag()),
+    ):
+        normal = MultivariateNormal(torch.full_like(scale, mean), covariance)
+        torch.testing.assert_close(kl_divergence(p, law), kl_divergence(p, normal))
+    with pytest.raises(ValueError, match="within the support"):
+        kl_divergence(p, Independent(LogNormal(torch.zeros(2, dtype=F64), 1.0), 1))
+
+
+def test_kl_divergence_is_dispatched_without_ambiguity():
+    """Torch warns where two registrations fit a pair of types equally well."""
+    types = [getattr(torch.distributions, name) for name in torch.distributions.__all__]
+    types = [kind for kind in types if isinstance(kind, type) and issubclass(kind, Distribution)]
+    assert len(types) > 30
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for p in (GaussianMixture, LowRankGaussianMixture):
+            for q in (*types, GaussianMixture, LowRankGaussianMixture, ExpandedMixture):
+                assert _dispatch_kl(p, q) is kl_monte_carlo, q
+            for q in (MultivariateNormal, MixtureSameFamily):
+                assert _dispatch_kl(q, p) is _kl_of_torch, q
 
 
 def test_kl_divergence_of_batches():

@@ -13,6 +13,7 @@ import tarfile
 from base64 import b64decode
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pdf
@@ -186,6 +187,48 @@ def test_uses_of_a_chapter(tmp_path: Path) -> None:
     }
 
 
+def linked(name: str, users: dict[str, list[str]], what: str = "function") -> list[str]:
+    """What the reference adds to the docstring of a name."""
+    lines = ["It does."]
+    app = SimpleNamespace(env=SimpleNamespace(wpo_users=users))
+    reference_links.link(app, what, name, None, None, lines)
+    return [line for line in lines[1:] if line]
+
+
+def test_entries_link_to_chapters_that_use_them_or_else_to_those_of_their_module() -> None:
+    users = {"wpo_notes.fit.fit": ["algorithm", "digits"]}
+    assert linked("wpo_notes.fit.fit", users) == ["Used in :doc:`algorithm`, :doc:`digits`."]
+    assert linked("wpo_notes.fit.Record", users) == ["See :doc:`algorithm`, :doc:`many-machines`."]
+    assert linked("wpo_notes.plots.samples", users) == []  # of all chapters
+    assert linked("wpo_notes.fit.FitResult.model", users, "attribute") == []
+    assert linked("wpo_notes.fit.Record.Inner", users, "class") == []
+
+
+def test_every_module_of_the_reference_names_chapters_of_the_book() -> None:
+    for name in re.findall(r"automodule:: (wpo_notes[\w.]*)", TEXT["api"]):
+        about = importlib.import_module(name).__doc__
+        pages = {page for _, page in reference_links.NAMED.findall(about)}
+        assert pages or "Chapters: all" in about, name
+        assert pages <= TEXT.keys(), name
+
+
+def test_chapters_link_back_to_documented_functions_and_classes_only() -> None:
+    users = {
+        "wpo_notes.fit.fit": ["one", "two"],
+        "wpo_notes.fit._digest": ["one"],  # not documented
+        "wpo_notes.fit": ["one"],
+        "wpo_notes.experiments.runs.run": ["one"],
+        "wpo_notes.datasets.get": ["one"],
+        "wpo_notes.pde.gradient": ["two"],
+    }
+    kinds = {name: "function" for name in users if "_digest" not in name}
+    kinds["wpo_notes.fit"] = "module"
+    entries = {name: SimpleNamespace(objtype=kind) for name, kind in kinds.items()}
+    domains = {"py": SimpleNamespace(objects=entries)}
+    env = SimpleNamespace(wpo_users=users, get_domain=domains.get)
+    assert list(reference_links.used(env, "one")) == ["wpo_notes.datasets.get", "wpo_notes.fit.fit"]
+
+
 # ---- notebooks that run elsewhere
 
 
@@ -258,7 +301,10 @@ def test_requirements_are_the_packages_and_the_cells() -> None:
     assert {"os", "wpo_notes", "ruff"} & set(found) == set()
 
 
-def test_notebook_runs_in_an_empty_folder_without_the_repository(tmp_path: Path) -> None:
+@pytest.mark.parametrize("absent", [[], ["ot", "torchdiffeq"]], ids=["all there", "two absent"])
+def test_notebook_runs_in_an_empty_folder_without_the_repository(
+    tmp_path: Path, absent: list[str]
+) -> None:
     cells = (
         "from pathlib import Path\n\nfrom myst_nb import glue\n\nimport wpo_notes\n"
         "from wpo_notes.datasets import get",
@@ -271,13 +317,15 @@ def test_notebook_runs_in_an_empty_folder_without_the_repository(tmp_path: Path)
     made = portable.portable(notebook, MACROS, ROLES)
     nbformat.validate(made)
     assert made.cells[0].metadata["jupyter"] == {"source_hidden": True}
-    # The test's environment has the package and myst-nb: hide both, as where neither is installed.
+    # The test's environment has the package and myst-nb: hide both, as where neither is installed. And print what
+    # would be run.
     hide = (
-        "import sys\nfrom importlib.machinery import PathFinder\n"
+        "import subprocess, sys\nfrom importlib.machinery import PathFinder\n"
+        "subprocess.run = lambda command, check: print('run', command, check)\n"
         "class Hidden(PathFinder):\n"
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
-        "        if name == 'myst_nb':\n            return None\n"
+        f"        if name in {[*absent, 'myst_nb']}:\n            return None\n"
         "        spec = super().find_spec(name, path, target)\n"
         "        away = name == 'wpo_notes' and spec and not spec.origin.startswith(sys.argv[1])\n"
         "        return None if away else spec\n"
@@ -290,7 +338,11 @@ def test_notebook_runs_in_an_empty_folder_without_the_repository(tmp_path: Path)
     empty.mkdir()
     run = subprocess.run([sys.executable, script, empty], cwd=empty, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "The package and the records of this page are in" in run.stdout
+    *commands, last = run.stdout.splitlines()
+    assert last.startswith("The package and the records of this page are in")
+    wanted = [portable.requirements([])[module] for module in absent]  # POT>=..., torchdiffeq>=...
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
+    assert commands == ([f"run {pip} True"] if absent else [])
     assert [path.name[:9] for path in empty.iterdir()] == ["wpo_notes"]
 
 
@@ -323,7 +375,9 @@ def test_latex_reads_the_macros(tmp_path: Path) -> None:
 
 def test_public_modules_have_examples() -> None:
     """The modules that a reader calls; `pytest --doctest-modules` runs them."""
-    for name in ("datasets", "fit", "losses", "metrics", "pde", "proximal", "sde"):
+    modules = "datasets diffusion estimator fit losses metrics mixture model pde proximal sde"
+    for name in modules.split():
         tree = ast.parse((ROOT / "wpo_notes" / f"{name}.py").read_text(encoding="utf-8"))
-        documented = [ast.get_docstring(node) or "" for node in tree.body if hasattr(node, "body")]
+        public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        documented = [ast.get_docstring(node) or "" for node in public]
         assert any(">>> " in text for text in documented), name

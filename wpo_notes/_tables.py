@@ -130,12 +130,15 @@ def write_table(path: str | os.PathLike[str], columns: Sequence[str], values: np
         )
 
 
-def checked_for_density(table: Table, path: str | os.PathLike[str]) -> tuple[Table, list[str]]:
+def checked_for_density(
+    table: Table, path: str | os.PathLike[str], *, folds: int | None = None
+) -> tuple[Table, list[str]]:
     """The table without repeated rows, and sentences about what speaks against a density fitted to it.
 
     Args:
         table: what `read_table` returned.
         path: of its file, for the messages.
+        folds: into which the rows are cut, if each fit is to leave one of them out.
 
     Raises:
         ValueError: constant columns, or too few distinct rows for `fit_kernel_model`.
@@ -150,11 +153,14 @@ def checked_for_density(table: Table, path: str | os.PathLike[str]) -> tuple[Tab
         )
     table, sentences = _distinct_rows(table)
     n, d = table.values.shape
-    fewest = fewest_points(d)
+    fewest, held_out = fewest_points(d), ""
+    if folds is not None:  # the largest fold is left out
+        fewest = -(-fewest * folds // (folds - 1))
+        held_out = f" that holds out one row in {folds}"
     if n < fewest:
         raise ValueError(
-            f"{path} has {n} distinct rows, but a fit of {d} column(s) needs at least {fewest}: bring more rows, or "
-            "choose fewer columns with --columns"
+            f"{path} has {n} distinct rows, but a fit of {d} column(s){held_out} needs at least {fewest}: bring more "
+            "rows, or choose fewer columns with --columns"
         )
     return table, sentences + _doubts(table)
 
@@ -244,20 +250,22 @@ def _read_text(path: Path) -> _Raw:
     if not rows:
         raise ValueError(f"{path} is empty")
     named = _is_header([cells for _, cells in rows[:2]])
-    width = len(rows[0][1])
-    for line, cells in rows:
-        if len(cells) != width:
-            raise ValueError(
-                f"{path}, line {line}: {len(cells)} cells, but the first line has {width}"
-            )
+    first, width = rows[0][0], len(rows[0][1])
     names = default_names(width)
     if named:
         head = [cell.strip() for cell in rows.pop(0)[1]]
         names = tuple(name or default for name, default in zip(head, names, strict=True))
-    columns: list[Sequence[Any]] = (
-        list(zip(*(cells for _, cells in rows), strict=True)) or [()] * width
-    )
-    return _Raw(names, columns, named, [line for line, _ in rows])
+    raw = _Raw(names, [()] * width, named, [line for line, _ in rows])
+    for row, (_, cells) in enumerate(rows):
+        count = len(cells)
+        if count != width:
+            odd = (
+                f"{names[count]!r} has none" if count < width else f"{cells[width][:40]!r} is extra"
+            )
+            raise ValueError(
+                f"{path}, {raw.row(row)}: {count} cell(s), but line {first} has {width}: {odd}"
+            )
+    return raw._replace(cells=list(zip(*(cells for _, cells in rows), strict=True)) or raw.cells)
 
 
 def _delimiter(lines: list[str]) -> str:

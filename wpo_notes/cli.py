@@ -149,9 +149,9 @@ def report(options: argparse.Namespace) -> None:
     expectation maximisation, shows density and samples, and says whether the model copies its training rows.
     """
     needed("matplotlib")  # now, not after the fit
-    from wpo_notes.report import findings, page
+    from wpo_notes.report import _FOLDS, findings, page
 
-    table, notes = _samples(options)
+    table, notes = _samples(options, folds=_FOLDS)
     _check_folder(options.out)
     found = findings(torch.as_tensor(table.values), **_fit_options(options))
     text = page(found, title=options.samples.name, columns=table.columns, notes=notes)
@@ -203,10 +203,10 @@ def _generator(options: argparse.Namespace) -> torch.Generator:
     return torch.Generator().manual_seed(options.seed)
 
 
-def _samples(options: argparse.Namespace) -> tuple[Table, list[str]]:
+def _samples(options: argparse.Namespace, *, folds: int | None = None) -> tuple[Table, list[str]]:
     """The table to fit, and what speaks against it."""
     table = read_table(options.samples, columns=options.columns)
-    return checked_for_density(table, options.samples)
+    return checked_for_density(table, options.samples, folds=folds)
 
 
 def _load(path: Path) -> tuple[GaussianMixture, tuple[str, ...] | None]:

@@ -37,6 +37,15 @@ class Denoiser:
     Raises:
         TypeError: a law that is neither, or points that are not float32 or float64.
         ValueError: points that are not a matrix with an entry, or not finite.
+
+    Examples:
+        Of a normal law with variance 1 the denoiser is :math:`x / (1 + \sigma^2)`.
+
+        >>> import torch
+        >>> from wpo_notes.mixture import GaussianMixture
+        >>> denoiser = GaussianMixture.from_variance(torch.zeros(1, 2), 1.0).as_denoiser()
+        >>> denoiser(torch.tensor([[2.0, -4.0]]), 1.0)
+        tensor([[ 1., -2.]])
     """
 
     def __init__(self, law: GaussianMixture | Float[Tensor, "N d"]) -> None:

@@ -49,6 +49,14 @@ class KernelScoreDensity(DensityMixin, BaseEstimator):
     Raises:
         ValueError: from `fit`, if X is not finite, has a constant column or fewer than 2 distinct rows, or does not
             have rows enough for the `centers` that were asked for.
+
+    Examples:
+        >>> import numpy as np
+        >>> from wpo_notes.estimator import KernelScoreDensity
+        >>> X = np.random.default_rng(0).standard_normal((100, 2))
+        >>> density = KernelScoreDensity(centers=10, steps=5, random_state=0).fit(X)
+        >>> density.score_samples(X).shape, density.sample(3).shape
+        ((100,), (3, 2))
     """
 
     mixture_: GaussianMixture

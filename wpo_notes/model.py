@@ -61,6 +61,13 @@ class KernelModel(nn.Module):
         TypeError: centres that are not float32 or float64.
         ValueError: NaN, wrong rank, too few or repeated centres, a constant column; an unknown precision,
             or a rank that does not belong to it.
+
+    Examples:
+        >>> import torch
+        >>> from wpo_notes.model import KernelModel
+        >>> model = KernelModel(torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 1.0]]))
+        >>> model()
+        GaussianMixture(3 centres in 2 dimensions, torch.float32)
     """
 
     centers: Tensor

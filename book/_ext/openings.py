@@ -1,7 +1,8 @@
 """Sphinx extension: what stands at a chapter's beginning and at its end.
 
-``{opening}`` is a box with what the reader will know, the chapters that are needed, and the time that the
-chapter took to run when it was last executed. ``{checked-claims}`` lists the verdicts that the chapter holds.
+``{opening}`` is a box with what the reader will know, the chapters that are needed, the time that the chapter
+took to run when it was last executed, and links to what its cells use of the package. ``{checked-claims}`` lists the
+verdicts that the chapter holds.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from myst_nb.core.execute import ExecutionResult
 from myst_nb.sphinx_ import NbMetadataCollector
+from reference_links import used
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
 from verdicts import load_claims, records
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 class PendingTime(nodes.Inline, nodes.Element):
     """Stands for the time that the page took to run."""
+
+
+class PendingUses(nodes.General, nodes.Element):
+    """Stands for the links to what the page's cells use of the package."""
 
 
 class PendingClaims(nodes.General, nodes.Element):
@@ -46,6 +53,7 @@ class OpeningDirective(SphinxDirective):
         box += nodes.paragraph(
             "", "", nodes.strong("", "Runs"), nodes.Text(" in "), PendingTime(page=self.env.docname)
         )
+        box += PendingUses(page=self.env.docname)
         return [box]
 
 
@@ -67,11 +75,24 @@ def seconds(execution: ExecutionResult | None) -> str:
     return f"{max(1, round(execution['runtime']))} s (this page, when it was last built)"
 
 
+def uses(app: Sphinx, docname: str, page: str) -> list[nodes.Node]:
+    """Paragraph with links to the entries of the reference that the page's cells use, if there are any."""
+    parts: list[nodes.Node] = []
+    for name, entry in used(app.env, page).items():
+        short = nodes.literal("", name.rpartition(".")[2], classes=["xref", "py"])
+        link = make_refnode(app.builder, docname, entry.docname, entry.node_id, short, name)
+        parts += [nodes.Text(", " if parts else ": "), link]
+    start = nodes.strong("", "In the package")
+    return [nodes.paragraph("", "", start, *parts, nodes.Text("."))] if parts else []
+
+
 def resolve(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     # The nodes name their page: a PDF is resolved as one document.
     for pending in list(doctree.findall(PendingTime)):
         execution = NbMetadataCollector.get_exec_data(app.env, pending["page"])
         pending.replace_self(nodes.Text(seconds(execution) + "."))
+    for pending in list(doctree.findall(PendingUses)):
+        pending.replace_self(uses(app, docname, pending["page"]))
     for pending in list(doctree.findall(PendingClaims)):
         found, items = records(app.env).get(pending["page"], {}), []
         for statement in pending.children:

@@ -1,19 +1,23 @@
 """Sphinx extension: the entries of the reference link to the chapters.
 
 A docstring's ``Chapter: *Title* (``book/name.md``)`` becomes a link, and each function and class gets a line with
-the chapters whose cells use it.
+the chapters whose cells use it, or if there are none those that its module names. The links back are in the box at a
+chapter's beginning (`openings`), from `used`.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import jupytext
 from sphinx.application import Sphinx
+from sphinx.domains.python import ObjectEntry
 from sphinx.environment import BuildEnvironment
 
+KINDS = {"class", "function", "exception"}
 NAMED = re.compile(r"\*([^*]+)\*\s+\(``book/([\w-]+)\.md``\)")
 
 
@@ -61,9 +65,27 @@ def link(app: Sphinx, what: str, name: str, obj: object, options: object, lines:
         lambda match: f":doc:`{' '.join(match[1].split())} <{match[2]}>`", "\n".join(lines)
     )
     lines[:] = text.split("\n")
-    pages = app.env.wpo_users.get(name, [])
-    if what in {"class", "function", "exception"} and pages:
-        lines += ["", "Used in " + ", ".join(f":doc:`{page}`" for page in pages) + ".", ""]
+    if what not in KINDS:
+        return
+    module = sys.modules.get(name.rpartition(".")[0])  # none for a class in a class
+    named = [page for _, page in NAMED.findall(module.__doc__ or "")] if module else []
+    pages = app.env.wpo_users.get(name)
+    if pages or named:
+        links = ", ".join(f":doc:`{page}`" for page in pages or named)
+        lines += ["", f"{'Used in' if pages else 'See'} {links}.", ""]
+
+
+def used(env: BuildEnvironment, page: str) -> dict[str, ObjectEntry]:
+    """Entries of the reference that the page's cells use, by their full names; the experiments are left out."""
+    entries = env.get_domain("py").objects
+    return {
+        name: entries[name]
+        for name, pages in sorted(env.wpo_users.items())
+        if page in pages
+        and name in entries
+        and entries[name].objtype in KINDS
+        and not name.startswith("wpo_notes.experiments.")
+    }
 
 
 def setup(app: Sphinx) -> dict:
