@@ -452,6 +452,23 @@ def test_command_runs_a_case_and_prints_its_numbers(tmp_path, monkeypatch, capsy
     assert (tmp_path / "figure2" / "tiny.json").is_file()
 
 
+@pytest.mark.parametrize("figure", ["figure3", "figure5", "figure6"])
+def test_figures_on_one_law_name_the_folder_of_their_records(figure, tmp_path, monkeypatch, capsys):
+    tiny = Case("figure2", "tiny", TINY).record()
+    ran = []
+
+    def record(case, **_):
+        ran.append(case)
+        return replace(tiny, case=case.name)
+
+    monkeypatch.setattr(Case, "record", record)
+    cli.main([figure, "--data", "moons", "--seed", "3", "--out", str(tmp_path)])
+    assert [(case.settings.data, case.settings.seed) for case in ran] == [("moons", 3)]
+    folder = tmp_path / "figure2"
+    assert f"records in {folder}\n" in capsys.readouterr().out
+    assert (folder / f"{ran[0].name}.json").is_file()
+
+
 def test_list_has_a_command_for_every_case(capsys):
     cli.main(["list", "--scale", "paper"])
     lines = capsys.readouterr().out.splitlines()
@@ -478,7 +495,9 @@ def test_list_stops_quietly_when_nobody_reads_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["figure4", "--data", "moons"], "figure4 has no --data"),
+        (["figure4", "--data", "moons"], "figure4 has no --data: it is the same in all its cases"),
+        (["figure5", "--data", "rings"], "data must be one of ('moons', 'swissroll'), got 'rings'"),
+        (["figure2", "--data", "moon"], "argument --data: invalid choice: 'moon'"),
         (["figure2", "--case", "nothing"], "figure2 has no case 'nothing'"),
         (["figure7"], "invalid choice: 'figure7'"),
     ],
