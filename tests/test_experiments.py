@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from wpo_notes.experiments.denoiser_memorises import DenoiserRun
 from wpo_notes.experiments.denoising import DenoisingRun, SideBySide
 from wpo_notes.experiments.figure4 import conditional_blocks
 from wpo_notes.experiments.kernel import KernelRun
-from wpo_notes.experiments.records import Record
+from wpo_notes.experiments.records import Record, environment
 from wpo_notes.experiments.runs import Case
 from wpo_notes.losses import denoising_score_matching
 from wpo_notes.mixture import GaussianMixture
@@ -97,6 +98,25 @@ def test_damaged_record_is_refused(record, tmp_path, suffix, damage):
         path.write_bytes(b"[]")
     with pytest.raises(ValueError, match=r"is damaged.*restore it from a copy"):
         Record.load(tmp_path, "figure2", "tiny", record.settings)
+
+
+def test_environment_has_the_version_of_numba_where_it_is_installed(monkeypatch):
+    version = metadata.version
+
+    def without(name):
+        if name == "numba":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "1.2" if name == "numba" else version(name)
+    )
+    about = environment(torch.device("cpu"))["versions"]
+    assert about["numba"] == "1.2"
+    monkeypatch.setattr(metadata, "version", without)
+    assert environment(torch.device("cpu"))["versions"] == {
+        name: value for name, value in about.items() if name != "numba"
+    }
 
 
 # ---- runs
