@@ -93,7 +93,7 @@ def test_distances_are_their_definitions(tiny, monkeypatch):
     monkeypatch.setattr(
         denoiser_memorises, "stiff_log_prob", lambda network, y, *_: law.log_prob(y) - 0.25
     )
-    exact, true = (watch(kind(2, data_std=1.0)) for kind in (Exact, OfLaw))
+    exact, true = (watch(watch.attach(kind(2, data_std=1.0))) for kind in (Exact, OfLaw))
     scores = tiny.metrics["scores"]
     for where in ("training", "fresh"):
         assert exact[where]["to_empirical"] == pytest.approx([0, 0], abs=1e-12)

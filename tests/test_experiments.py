@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from wpo_notes import datasets
 from wpo_notes import fit as fit_module
 from wpo_notes.denoiser import ScoreNetwork
 from wpo_notes.experiments import EXPERIMENTS, denoising, figure5, figure6, kernel, runs
+from wpo_notes.experiments.denoiser_memorises import DenoiserRun
 from wpo_notes.experiments.denoising import DenoisingRun, SideBySide
 from wpo_notes.experiments.figure4 import conditional_blocks
 from wpo_notes.experiments.kernel import KernelRun
-from wpo_notes.experiments.records import Record
+from wpo_notes.experiments.records import Record, environment
 from wpo_notes.experiments.runs import Case
 from wpo_notes.losses import denoising_score_matching
 from wpo_notes.mixture import GaussianMixture
@@ -98,6 +100,25 @@ def test_damaged_record_is_refused(record, tmp_path, suffix, damage):
         Record.load(tmp_path, "figure2", "tiny", record.settings)
 
 
+def test_environment_has_the_version_of_numba_where_it_is_installed(monkeypatch):
+    version = metadata.version
+
+    def without(name):
+        if name == "numba":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "1.2" if name == "numba" else version(name)
+    )
+    about = environment(torch.device("cpu"))["versions"]
+    assert about["numba"] == "1.2"
+    monkeypatch.setattr(metadata, "version", without)
+    assert environment(torch.device("cpu"))["versions"] == {
+        name: value for name, value in about.items() if name != "numba"
+    }
+
+
 # ---- runs
 
 
@@ -119,6 +140,7 @@ def test_run_keeps_a_record_and_does_not_run_again(tmp_path, monkeypatch):
         "tiny.npz",
     ]
     assert record.environment["versions"]["torch"] == torch.__version__
+    assert 0 < record.processor_seconds < 60
     monkeypatch.setattr(KernelRun, "run", lambda *_, **__: pytest.fail("ran again"))
     same(runs.run(case, tmp_path), record)
     assert list(runs.available([case, Case("figure2", "other", TINY)], tmp_path)) == ["tiny"]
@@ -126,20 +148,52 @@ def test_run_keeps_a_record_and_does_not_run_again(tmp_path, monkeypatch):
         runs.run(Case("figure2", "tiny", replace(TINY, seed=1)), tmp_path)
 
 
+# Runs of all kinds that have checkpoints, and the step at which one is killed, with that of step 20 on disk.
+KILLED_RUNS = {
+    "kernel": (TINY, 30),
+    "denoising": (
+        DenoisingRun(
+            data=("swissroll", "moons"),
+            n=200,
+            steps=30,
+            seed=0,
+            hidden=(8, 8),
+            record_every=2,
+            measured=20,
+            samples=20,
+        ),
+        24,
+    ),
+    # the earlier samples that it keeps are of step 10
+    "denoiser": (
+        DenoiserRun(
+            data="swissroll",
+            n=20,
+            hidden=(8, 8),
+            steps=40,
+            seed=0,
+            record_every=10,
+            compared=50,
+            measured=20,
+            samples=20,
+            shown=10,
+        ),
+        30,
+    ),
+}
 KILLED = """
 import os, signal, sys
-from wpo_notes.experiments import kernel, runs
-from test_experiments import TINY
-calls = 0
-measure = kernel._Watch.__call__
-def watched(self, model):
-    global calls
-    calls += 1
-    if calls == 3:  # at step 30, with the checkpoint of step 20 on disk
+from wpo_notes import fit
+from wpo_notes.experiments import runs
+from test_experiments import KILLED_RUNS
+settings, last = KILLED_RUNS[sys.argv[1]]
+record = fit._Run.record
+def recorded(self, *arguments):
+    if self.step == last:
         os.kill(os.getpid(), signal.SIGKILL)
-    return measure(self, model)
-kernel._Watch.__call__ = watched
-runs.run(runs.Case("figure2", "tiny", TINY), sys.argv[1], progress=False)
+    return record(self, *arguments)
+fit._Run.record = recorded
+runs.run(runs.Case("figure2", "tiny", settings), sys.argv[2], progress=False)
 """
 
 
@@ -155,10 +209,12 @@ def resumptions(monkeypatch) -> list[Path]:
     return taken
 
 
-def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path, monkeypatch):
-    whole = Case("figure2", "tiny", TINY).record()
+@pytest.mark.parametrize("kind", KILLED_RUNS)
+def test_killed_run_goes_on_and_leaves_the_same_record(kind, tmp_path, monkeypatch):
+    case = Case("figure2", "tiny", KILLED_RUNS[kind][0])
+    whole = case.record()
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
+        [sys.executable, "-c", KILLED, kind, str(tmp_path)],
         env={
             "PYTHONPATH": str(runs.__file__).split("wpo_notes")[0] + "tests",
             "OMP_NUM_THREADS": "1",
@@ -168,14 +224,13 @@ def test_killed_run_goes_on_and_leaves_the_same_record(tmp_path, monkeypatch):
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert 0 < whole.processor_seconds < 60
     (left,) = (tmp_path / "figure2").iterdir()
     assert left.suffix == ".checkpoint"
     taken = resumptions(monkeypatch)
-    resumed = runs.run(Case("figure2", "tiny", TINY), tmp_path, progress=False)
+    resumed = runs.run(case, tmp_path, progress=False)
     assert taken == [left]
     assert not left.exists()
-    assert [entry["step"] for entry in resumed.history] == [10, 20, 30]
+    assert resumed.history[-1]["step"] == case.settings.steps
     same(resumed, whole)
 
 
@@ -452,6 +507,23 @@ def test_command_runs_a_case_and_prints_its_numbers(tmp_path, monkeypatch, capsy
     assert (tmp_path / "figure2" / "tiny.json").is_file()
 
 
+@pytest.mark.parametrize("figure", ["figure3", "figure5", "figure6"])
+def test_figures_on_one_law_name_the_folder_of_their_records(figure, tmp_path, monkeypatch, capsys):
+    tiny = Case("figure2", "tiny", TINY).record()
+    ran = []
+
+    def record(case, **_):
+        ran.append(case)
+        return replace(tiny, case=case.name)
+
+    monkeypatch.setattr(Case, "record", record)
+    cli.main([figure, "--data", "moons", "--seed", "3", "--out", str(tmp_path)])
+    assert [(case.settings.data, case.settings.seed) for case in ran] == [("moons", 3)]
+    folder = tmp_path / "figure2"
+    assert f"records in {folder}\n" in capsys.readouterr().out
+    assert (folder / f"{ran[0].name}.json").is_file()
+
+
 def test_list_has_a_command_for_every_case(capsys):
     cli.main(["list", "--scale", "paper"])
     lines = capsys.readouterr().out.splitlines()
@@ -478,7 +550,9 @@ def test_list_stops_quietly_when_nobody_reads_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["figure4", "--data", "moons"], "figure4 has no --data"),
+        (["figure4", "--data", "moons"], "figure4 has no --data: it is the same in all its cases"),
+        (["figure5", "--data", "rings"], "data must be one of ('moons', 'swissroll'), got 'rings'"),
+        (["figure2", "--data", "moon"], "argument --data: invalid choice: 'moon'"),
         (["figure2", "--case", "nothing"], "figure2 has no case 'nothing'"),
         (["figure7"], "invalid choice: 'figure7'"),
     ],

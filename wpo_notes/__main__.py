@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from wpo_notes import cli
+from wpo_notes.datasets import NAMES
 from wpo_notes.experiments import EXPERIMENTS, runs
 
 RESULTS = {"paper": Path("book/results"), "quick": Path("_build/quick")}
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _add_experiment_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scale", choices=("quick", "paper"), default="quick")
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    command.add_argument("--data", help="only this law")
+    command.add_argument("--data", choices=NAMES, metavar="LAW", help="only this law")
     command.add_argument("--seed", type=int, help="instead of the experiment's own")
     command.add_argument("--case", help="only the case of this name")
     command.add_argument("--out", type=Path, help="folder of the records")
@@ -78,7 +79,9 @@ def _run(options: argparse.Namespace) -> None:
     for case in cases:
         record = runs.run(case, folder, device=options.device)
         print(f"{record.experiment} {record.case}  {record.seconds:.0f} s  {_line(record.metrics)}")
-    print(f"records in {folder / options.command}")
+    # Figures 3, 5 and 6 look into the runs of Figure 2.
+    places = dict.fromkeys(str(folder / case.experiment) for case in cases)
+    print(f"records in {', '.join(places)}")
 
 
 def _cases(options: argparse.Namespace) -> list[runs.Case]:
@@ -87,8 +90,13 @@ def _cases(options: argparse.Namespace) -> list[runs.Case]:
     chosen = {key: value for key, value in chosen.items() if value is not None}
     unknown = chosen.keys() - inspect.signature(function).parameters.keys()
     if unknown:
-        options.parser.error(f"{options.command} has no --{unknown.pop()}")
-    cases = function(options.scale, **chosen)
+        options.parser.error(
+            f"{options.command} has no --{unknown.pop()}: it is the same in all its cases"
+        )
+    try:
+        cases = function(options.scale, **chosen)
+    except ValueError as error:
+        options.parser.error(f"{options.command}: {error}")
     if options.case:
         names = [case.name for case in cases]
         if options.case not in names:

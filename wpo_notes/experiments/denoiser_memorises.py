@@ -84,7 +84,7 @@ class DenoiserRun:
     def run(
         self, *, device: torch.device, checkpoint: Path | None = None, progress: bool = False
     ) -> Result:
-        """Train and measure; it takes minutes at most, so it starts anew after a kill."""
+        """Train and measure; with a checkpoint, go on from it if it exists."""
         generator = torch.Generator(device).manual_seed(self.seed)
         law = datasets.get(self.data)
         x = law.sample(self.n, generator=generator, dtype=torch.float32)
@@ -97,6 +97,7 @@ class DenoiserRun:
             generator=generator,
         )
         watch = _Watch(self, law, x)
+        watch.attach(network)
         result = fit(
             network,
             x,
@@ -106,6 +107,8 @@ class DenoiserRun:
             loss=denoising_loss(self.std_min, self.std_max),
             measure=watch,
             record_every=self.record_every,
+            checkpoint=checkpoint,
+            checkpoint_every=self.record_every,
             generator=generator,
             progress=progress,
         )
@@ -114,7 +117,7 @@ class DenoiserRun:
             for record in result.history
             if record.measured
         ]
-        arrays = {"training": x} | watch.samples
+        arrays = {"training": x, "early": network.early, "late": watch.draw(network)}
         arrays = {name: value.cpu().numpy() for name, value in arrays.items()}
         return Result(watch.references(), history, arrays, result.seconds)
 
@@ -125,8 +128,7 @@ class _Watch:
     def __init__(
         self, settings: DenoiserRun, law: datasets.NoisyCurve | datasets.NoisyPoints, x: Tensor
     ) -> None:
-        self.settings, self.x, self.law, self.calls = settings, x, law, 0
-        self.samples: dict[str, Tensor] = {}
+        self.settings, self.x, self.law = settings, x, law
         generator = self.generator()
         self.fresh = law.sample(settings.compared, generator=generator, dtype=x.dtype)
         self.log_law = law.log_prob(self.fresh[: settings.measured])
@@ -151,23 +153,34 @@ class _Watch:
         empirical = GaussianMixture.from_variance(self.x.double(), std**2).score(y.double())
         return y, empirical, law_score(self.law, y.double(), std)
 
-    def __call__(self, network: ScoreNetwork) -> dict:
-        self.calls += 1
-        step = self.calls * self.settings.record_every
-        odd = self.calls // (self.calls & -self.calls)
+    def attach(self, network: ScoreNetwork) -> ScoreNetwork:
+        """Put what is counted and kept while training into the network's state, which a checkpoint holds."""
+        network.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=self.x.device))
+        network.register_buffer("early", self.x.new_zeros(self.settings.samples, self.law.dim))
+        return network
+
+    def draw(self, network: ScoreNetwork) -> Tensor:
+        """Samples of the network, of the same noise each time."""
         settings = self.settings
-        if odd > 3 and step < settings.steps:
-            return {}
-        drawn = denoiser_samples(
+        return denoiser_samples(
             network,
             settings.samples,
             settings.std_min,
             settings.std_max,
             generator=self.generator(),
         )
-        kept = {settings.shown: "early", settings.steps: "late"}
-        if step in kept:
-            self.samples[kept[step]] = drawn
+
+    def __call__(self, network: ScoreNetwork) -> dict:
+        settings = self.settings
+        network.calls += 1
+        calls = int(network.calls)
+        step = calls * settings.record_every
+        odd = calls // (calls & -calls)
+        if odd > 3 and step < settings.steps:
+            return {}
+        drawn = self.draw(network)
+        if step == settings.shown:
+            network.early.copy_(drawn)
 
         def log_prob(y: Tensor) -> Tensor:
             return stiff_log_prob(network, y, settings.std_min, settings.std_max)

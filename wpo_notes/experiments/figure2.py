@@ -11,7 +11,7 @@ from typing import Any
 from wpo_notes.datasets import PLANAR
 from wpo_notes.experiments.denoising import DenoisingRun
 from wpo_notes.experiments.kernel import KernelRun
-from wpo_notes.experiments.runs import Case
+from wpo_notes.experiments.runs import Case, chosen
 
 __all__ = ["KERNELS", "KINDS", "cases", "denoising_cases", "kernel_cases", "kernel_name", "kind"]
 
@@ -68,7 +68,7 @@ def kernel_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[
             KernelRun(data=name, mode=mode, schedule=schedule, seed=seed, **_KERNEL[scale]),
         )
         for mode, schedule in KERNELS[scale]
-        for name in ((data,) if data else PLANAR)
+        for name in chosen(PLANAR, data)
     ]
 
 
@@ -86,7 +86,7 @@ def kind(settings: Mapping[str, Any]) -> str:
 
 def denoising_cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
     """Runs of denoising score matching, one network a law, side by side."""
-    names = (data,) if data else PLANAR
+    names = chosen(PLANAR, data)
     prefix = f"{data}-" if data else ""
     few, many = _STEPS[scale]
     options = {f"{many}": {"steps": many}, f"{few}": {"steps": few}}

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from wpo_notes.datasets import Nearest, NoisyCurve
 from wpo_notes.experiments import figure2
-from wpo_notes.experiments.runs import Case
+from wpo_notes.experiments.runs import Case, chosen
 from wpo_notes.mixture import GaussianMixture
 
-__all__ = ["Axes", "axes_along_curve", "cases", "normal_offset"]
+__all__ = ["LAWS", "Axes", "axes_along_curve", "cases", "normal_offset"]
+
+LAWS = ("moons", "swissroll")
 
 
 class Axes(NamedTuple):
@@ -27,11 +29,11 @@ class Axes(NamedTuple):
     offset: Tensor  # of the centre from the curve, along the normal, signed
 
 
-def cases(scale: str, *, seed: int = 0) -> list[Case]:
+def cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
     """The runs of Figure 2 on thin moons and the swissroll: Figure 5 looks into their models."""
     return [
         case
-        for name in ("moons", "swissroll")
+        for name in chosen(LAWS, data)
         for case in figure2.kernel_cases(scale, data=name, seed=seed)
     ]
 

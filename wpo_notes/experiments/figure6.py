@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from wpo_notes.experiments import figure2
-from wpo_notes.experiments.runs import Case
+from wpo_notes.experiments.runs import Case, chosen
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["EPSILONS", "LAWS", "best_variance", "cases", "leave_one_out_variance"]
@@ -22,9 +22,13 @@ LAWS = ("moons", "swissroll", "pinwheel", "checkerboard")
 EPSILONS = (0.05, 0.1, 0.2)
 
 
-def cases(scale: str, *, seed: int = 0) -> list[Case]:
-    """The runs of Figure 2 on the four laws: their models are the last row."""
-    return [case for name in LAWS for case in figure2.kernel_cases(scale, data=name, seed=seed)]
+def cases(scale: str, *, data: str | None = None, seed: int = 0) -> list[Case]:
+    """The runs of Figure 2 on the four laws, or on one of them: their models are the last row."""
+    return [
+        case
+        for name in chosen(LAWS, data)
+        for case in figure2.kernel_cases(scale, data=name, seed=seed)
+    ]
 
 
 def best_variance(centers: Tensor, points: Tensor) -> float:

@@ -8,6 +8,7 @@ Chapter: *Figure 2* (``book/figure-2.md``).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ import torch
 
 __all__ = ["Record", "environment"]
 
-_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "POT", "torchdiffeq")
+_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "POT", "torchdiffeq", "numba")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class Record:
 
 def environment(device: torch.device) -> dict:
     """Versions, machine, threads, commit and date: what a measurement of time depends on."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # numba is optional
+            versions[name] = metadata.version(name)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),

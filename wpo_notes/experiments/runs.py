@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -19,7 +19,7 @@ import torch
 import wpo_notes
 from wpo_notes.experiments.records import Record, environment
 
-__all__ = ["Case", "Result", "available", "run"]
+__all__ = ["Case", "Result", "available", "chosen", "run"]
 
 
 class Result(NamedTuple):
@@ -111,6 +111,19 @@ def _code() -> bytes:
     for path in sorted(Path(wpo_notes.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.digest()
+
+
+def chosen(laws: Sequence[str], data: str | None) -> Sequence[str]:
+    """Laws of an experiment, or the one of them that is asked for.
+
+    Raises:
+        ValueError: a law that is not the experiment's.
+    """
+    if data is None:
+        return laws
+    if data not in laws:
+        raise ValueError(f"data must be one of {tuple(laws)}, got {data!r}")
+    return (data,)
 
 
 def available(cases: Iterable[Case], folder: str | os.PathLike) -> dict[str, Record]:
