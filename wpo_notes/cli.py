@@ -149,9 +149,9 @@ def report(options: argparse.Namespace) -> None:
     expectation maximisation, shows density and samples, and says whether the model copies its training rows.
     """
     needed("matplotlib")  # now, not after the fit
-    from wpo_notes.report import _FOLDS, findings, page
+    from wpo_notes.report import FOLDS, findings, page
 
-    table, notes = _samples(options, folds=_FOLDS)
+    table, notes = _samples(options, folds=FOLDS)
     _check_folder(options.out)
     found = findings(torch.as_tensor(table.values), **_fit_options(options))
     text = page(found, title=options.samples.name, columns=table.columns, notes=notes)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Competitor", "Findings", "findings", "page"]
 
 # Each round holds out a fifth of the rows, at most so many; further rounds, until enough rows have judged.
-_FOLDS, _MOST_HELD_OUT, _ENOUGH_HELD_OUT = 5, 2000, 500
+FOLDS = 5
+_MOST_HELD_OUT, _ENOUGH_HELD_OUT = 2000, 500
 _KERNEL_MODEL = "kernel model"
 _SAMPLES = 2000
 _BANDWIDTHS = np.geomspace(0.03, 3, 21)  # in standardised coordinates
@@ -89,9 +90,9 @@ def findings(
     order = torch.randperm(len(x), generator=generator, device=x.device)
     rounds: list[_Round] = []
     judged = 0
-    while len(rounds) < _FOLDS and judged < _ENOUGH_HELD_OUT:
+    while len(rounds) < FOLDS and judged < _ENOUGH_HELD_OUT:
         held_out = torch.zeros_like(order, dtype=torch.bool)
-        held_out[order[len(rounds) :: _FOLDS][:_MOST_HELD_OUT]] = True
+        held_out[order[len(rounds) :: FOLDS][:_MOST_HELD_OUT]] = True
         rounds.append(_round(x[~held_out], x[held_out], generator, options))
         judged += int(held_out.sum())
     first = rounds[0]
