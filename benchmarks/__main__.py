@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.measurements import accuracy, evaluation, floor, growth, quality, training, wide
+from benchmarks.measurements import accuracy, evaluation, floor, growth, quality, training
 from benchmarks.ways import problem, ways
 from wpo_notes.datasets import PLANAR
 from wpo_notes.experiments.records import Record, environment
@@ -44,8 +44,6 @@ def measure(n: int, m: int) -> dict[str, list[dict]]:
         for d in dims:
             jobs += [("evaluation", evaluation, (n, m, d, name, threads)) for name in names]
             jobs.append(("floor", floor, (n, m, d, threads)))
-    compared = ("wpo_notes", "torch.distributions and autograd")
-    jobs += [("wide", wide, (n, m, d, name)) for d in dims for name in compared]
     jobs += [("accuracy", accuracy, (n, d, offset)) for d in dims for offset in (0.0, 100.0)]
     jobs += [("training", training, (n, d, batch)) for d in (2, 6) for batch in (64, 512)]
     jobs += [("growth", growth, (10**k, 10_000)) for k in (2, 3, 4, 5, 6)]

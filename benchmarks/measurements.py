@@ -17,7 +17,7 @@ from wpo_notes.fit import fit, fit_kernel_model
 from wpo_notes.metrics import kl_divergence
 from wpo_notes.model import KernelModel
 
-__all__ = ["accuracy", "evaluation", "floor", "growth", "quality", "training", "wide"]
+__all__ = ["accuracy", "evaluation", "floor", "growth", "quality", "training"]
 
 _CHECKED = 500  # points at which the errors are measured
 
@@ -113,18 +113,6 @@ def floor(n: int, m: int, d: int, threads: int) -> dict:
         "GFLOP/s, values": operations / second / 1e6,
         "exp, 1e9/s": rows * n / exp / 1e6,
     }
-
-
-def wide(n: int, m: int, d: int, name: str) -> dict:
-    """Time of one way to log-density and score where each kernel reaches all points: none can be left out."""
-    torch.set_num_threads(1)
-    mixture, x = problem(n, m, d, across=0.5, along=1.0)
-    way, fewer = ways(mixture)[name]
-    points = x[: m // fewer]
-    time_ = milliseconds(lambda: way(points), 3.0) * m / len(points)
-    truth = exact(mixture, points[:_CHECKED])
-    error = float((way(points)[0][:_CHECKED] - truth.log_prob).abs().max())
-    return {"way": name, "d": d, "points": len(points), "milliseconds": time_, "log-density": error}
 
 
 def growth(n: int, m: int, d: int = 2) -> dict:

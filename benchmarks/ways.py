@@ -16,10 +16,8 @@ from wpo_notes.mixture import GaussianMixture
 from wpo_notes.model import KernelModel
 
 
-def problem(
-    n: int, m: int, d: int, *, offset: float = 0.0, across: float = 0.02, along: float = 0.1
-) -> tuple[GaussianMixture, Tensor]:
-    """Kernels along a closed curve with |x| about 3, with their widths across it and along it, and points."""
+def problem(n: int, m: int, d: int, *, offset: float = 0.0) -> tuple[GaussianMixture, Tensor]:
+    """Kernels along a closed curve with |x| about 3, of width 0.02 across it and 0.1 along it, and points."""
     generator = torch.Generator().manual_seed(d)
 
     def normal(*shape: int) -> Tensor:
@@ -33,7 +31,7 @@ def problem(
     tangent = (-mode * angle.sin()) @ amplitude[0] + (mode * angle.cos()) @ amplitude[1]
     tangent = torch.nn.functional.normalize(tangent, dim=1)[..., None]
     identity = torch.eye(d, dtype=torch.float64)
-    precision = identity / across**2 + (along**-2 - across**-2) * tangent @ tangent.mT
+    precision = identity / 0.02**2 + (1 / 0.1**2 - 1 / 0.02**2) * tangent @ tangent.mT
     mixture = GaussianMixture((centers + offset).float(), torch.linalg.cholesky(precision).float())
     return mixture, mixture.sample((m,), generator=generator)
 

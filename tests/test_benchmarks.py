@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,6 @@ def test_kernels_have_the_widths_that_are_said():
     torch.testing.assert_close(deviations[:, :5], torch.full((100, 5), 0.02), rtol=1e-2, atol=0)
     torch.testing.assert_close(deviations[:, 5], torch.full((100,), 0.1), rtol=1e-2, atol=0)
     assert 2 < float(mixture.centers.norm(dim=1).mean()) < 4
-    wide, _ = problem(100, 1, 6, across=0.5, along=1.0)
-    torch.testing.assert_close(wide.centers, mixture.centers)
-    assert math.isclose(float(wide.precision_tril.det()[0]), 2**5, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["wpo_notes", "einsum over differences", "network alone"])
