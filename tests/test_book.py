@@ -449,6 +449,7 @@ FIGURE = "<figure>{}<figcaption>Points</figcaption></figure>"
         ("<p>see {eq}`x`</p>", "not rendered: {eq}`"),
         ('<p class="system-message">x</p>', "a message of the build is on the page"),
         ('<div class="output stderr">x</div>', "a cell's output is of class output stderr: x"),
+        ('<div class="output stderr"></div>', "a cell's output is of class output stderr"),
     ],
 )
 def test_site_check_finds(body: str, problem: str, tmp_path: Path) -> None:

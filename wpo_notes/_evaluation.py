@@ -192,7 +192,7 @@ def _by_differences(
 ) -> list[Tensor]:
     def otherwise(points: Tensor, centers: Tensor, tril: Tensor, log_scale: Tensor) -> list[Tensor]:
         unweighted = Parameters(centers, tril, torch.zeros_like(log_scale))
-        again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())  # float64
+        again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())
         if parts is None:
             return _by_cells(again, points, True, True, exclude)
 

@@ -39,7 +39,7 @@ class Page(HTMLParser):
         self._math = 0
         self._captions: list[str] = []  # text of each figure that is open, the innermost last
         self._in_caption = False
-        self._unwanted = ""  # what to report with the next text
+        self._quoting = False  # whether the last problem is to quote the next text
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -71,7 +71,8 @@ class Page(HTMLParser):
         if "system-message" in classes:
             self.problems.append("a message of the build is on the page")
         if classes & {"stderr", "traceback"}:
-            self._unwanted = f"a cell's output is of class {' '.join(sorted(classes))}: "
+            self.problems.append(f"a cell's output is of class {' '.join(sorted(classes))}")
+            self._quoting = True
 
     def handle_endtag(self, tag: str) -> None:
         self._verbatim -= tag in VERBATIM
@@ -82,9 +83,9 @@ class Page(HTMLParser):
             self.problems.append("figure without a caption")
 
     def handle_data(self, data: str) -> None:
-        if self._unwanted and data.strip():
-            self.problems.append(self._unwanted + " ".join(data.split())[:200])
-            self._unwanted = ""
+        if self._quoting and data.strip():
+            self.problems[-1] += f": {' '.join(data.split())[:200]}"
+            self._quoting = False
         if self._in_caption and self._captions:
             self._captions[-1] += data
         if not self._verbatim and not self._math:
