@@ -112,8 +112,6 @@ def evaluate(
     count, d = parameters.centers.shape
     # at least two centres a shard, so that one can be left out
     shards = min(-(-count * (d * d + 124) // _SIDE_ELEMENTS), max(1, count // 2))
-    if shards == 1:
-        return _evaluate_shard(parameters, points, score, laplacian, exclude)
     results, start = [], 0
     for shard in zip(*(part.tensor_split(shards) for part in parameters), strict=True):
         own, end = None, start + len(shard[0])
@@ -121,14 +119,23 @@ def evaluate(
             own = (exclude - start).where((start <= exclude) & (exclude < end), -1)
         results.append(_evaluate_shard(Parameters(*shard), points, score, laplacian, own))
         start = end
-    return merged(results)
+    return _all_to(results[0] if shards == 1 else merged(results), points.dtype)
+
+
+def _all_to(results: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [value.to(dtype) for value in results]
 
 
 def merged(results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Join evaluations of parts of a mixture: log-density of the sum, means of scores and Laplacian ratios."""
+    """Join evaluations of parts of a mixture: log-density of the sum, means of scores and Laplacian ratios.
+
+    The log-densities may be in float64, so that they are not rounded twice, and the rest in float32.
+    """
     log_probs, *averages = (torch.stack(part) for part in zip(*results, strict=True))
     weights = log_probs.softmax(0)
-    means = [torch.einsum("sm,sm...->m...", weights, average) for average in averages]
+    means = [
+        torch.einsum("sm,sm...->m...", weights.to(average.dtype), average) for average in averages
+    ]
     return [log_probs.logsumexp(0), *means]
 
 
@@ -171,14 +178,16 @@ def _evaluate_shard(
     laplacian: bool,
     exclude: Tensor | None,
 ) -> list[Tensor]:
+    """As `evaluate`, the log-density in float64: that of a sum is rounded only once, when it is complete."""
     compiled = _compiled() if _compilable(parameters, points) else None
     if compiled is not None and _too_long(parameters, compiled):
         double = parameters.to(torch.float64), points.double()
-        results = _evaluate_shard(*double, score, laplacian, exclude)
-        return [value.to(points.dtype) for value in results]
+        log_prob, *means = _evaluate_shard(*double, score, laplacian, exclude)
+        return [log_prob, *_all_to(means, points.dtype)]
     if compiled is None or _few_cells(parameters, points):
         return _by_cells(parameters, points, score, laplacian, exclude)
-    return _by_differences(parameters, points, score, laplacian, exclude, compiled)
+    log_prob, *means = _by_differences(parameters, points, score, laplacian, exclude, compiled)
+    return [log_prob.double(), *means]
 
 
 def _by_differences(
@@ -194,10 +203,10 @@ def _by_differences(
         unweighted = Parameters(centers, tril, torch.zeros_like(log_scale))
         again = unweighted._replace(log_weights=log_scale - unweighted.log_scale())
         if parts is None:
-            return _by_cells(again, points, True, True, exclude)
+            return _all_to(_by_cells(again, points, True, True, exclude), points.dtype)
 
         def each(part: Parameters, own: Tensor) -> list[Tensor]:
-            return _by_cells(part, own, True, True, None)
+            return _all_to(_by_cells(part, own, True, True, None), points.dtype)
 
         return _part_by_part(each, again, points, parts)
 
@@ -270,6 +279,7 @@ def _by_cells(
     laplacian: bool,
     exclude: Tensor | None,
 ) -> list[Tensor]:
+    """As `evaluate`, the log-density in float64."""
     sides = _Sides(parameters, score, laplacian)
     indices, results = [], []
     # Where the caller leaves a centre out, the bound of those that contribute does not hold.
@@ -288,9 +298,9 @@ def _by_cells(
                 if recompute
                 else side(*arguments)
             )
-            results.append((sides.with_level(log_prob), *means))
+            results.append([sides.with_level(log_prob), *_all_to(means, points.dtype)])
     return [
-        _restored(indices, [value.flatten(0, 1).to(points.dtype) for value in values], len(points))
+        _restored(indices, [value.flatten(0, 1) for value in values], len(points))
         for values in zip(*results, strict=True)
     ]
 
