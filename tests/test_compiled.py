@@ -126,7 +126,7 @@ def test_bounds_hold_and_blocks_are_left_out():
     order = np.argsort(blocks.slot)
     assert not np.array_equal(order, np.arange(n))
     x = 2 * torch.randn(200, d, generator=seeded(1))
-    exponents = _evaluation.exponents(Parameters(*(part.double() for part in given)), x.double())
+    (exponents,) = _evaluation.exponents(Parameters(*(part.double() for part in given)), x.double())
     exponents = torch.nn.functional.pad(exponents[:, order], (0, -n % 128), value=-math.inf)
     most = exponents.unflatten(1, (-1, 128)).amax(2)
     dims = (0,) * d

@@ -170,6 +170,37 @@ def test_score_divergence_matches_jacobian_of_score(d):
     torch.testing.assert_close(along, jacobian.sum(-1), atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("std", "d", "dtype"),
+    [(0.5, 2, F64), (0.02, 2, torch.float32), (1e-6, 2, F64), (0.05, 12, torch.float32)],
+)
+def test_all_from_one_pass(std, d, dtype, monkeypatch):
+    made, sides = [], _evaluation._Sides
+
+    def counted(*arguments, **options):
+        made.append(sides(*arguments, **options))
+        return made[-1]
+
+    mixture = make(40, d, std=std, ratio=3, dtype=dtype)
+    x = mixture.sample((3, 50), generator=seeded(1)).requires_grad_()
+    expected = [
+        *mixture._evaluate(x, score=True, laplacian=True),
+        mixture.responsibilities(x),
+    ]
+    monkeypatch.setattr(_evaluation, "_Sides", counted)
+    found = mixture.evaluate(x)
+    assert len(made) == 1
+    # Exponents are rounded by up to 1e-5 in float32 and 1e-10 in float64, and with them the weights.
+    rounding = 10 * _evaluation._ROUNDING[dtype]
+    for name, ours, theirs in zip(found._fields, found, expected, strict=True):
+        assert ours.shape == theirs.shape, name
+        assert ours.dtype == dtype
+        atol = rounding * (1 + float(theirs.detach().abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+    (gradient,) = torch.autograd.grad(found.log_prob.sum(), x)
+    assert relative(gradient, found.score.detach()) < rounding
+
+
 def test_batch_shapes():
     mixture = make(4, 2)
     x = torch.randn(3, 5, 2, generator=seeded(1), dtype=F64)
@@ -177,6 +208,8 @@ def test_batch_shapes():
     assert torch.equal(mixture.log_prob(x).reshape(15), mixture.log_prob(flat))
     assert torch.equal(mixture.score(x).reshape(15, 2), mixture.score(flat))
     assert mixture.responsibilities(x).shape == (3, 5, 4)
+    for batched, ours in zip(mixture.evaluate(x), mixture.evaluate(flat), strict=True):
+        torch.testing.assert_close(batched.flatten(0, 1), ours)
     torch.testing.assert_close(mixture.log_prob(x[1, 2]), mixture.log_prob(x)[1, 2])
     torch.testing.assert_close(mixture.score(x[1, 2]), mixture.score(x)[1, 2])
 
@@ -189,6 +222,7 @@ def test_no_points(dtype):
     assert mixture.score(x).shape == (0, 2)
     assert mixture.laplacian_ratio(x.reshape(3, 0, 2)).shape == (3, 0)
     assert mixture.responsibilities(x).shape == (0, 4)
+    assert [part.shape for part in mixture.evaluate(x)] == [(0,), (0, 2), (0,), (0, 4)]
     assert mixture.score(x).dtype == dtype
 
 
@@ -390,7 +424,7 @@ def test_centres_that_are_left_out_of_a_cell_do_not_contribute(d):
     mixture = GaussianMixture(centers, tril, log_weights=log_weights)
     x = mixture.sample((1500,), generator=seeded(1))
     sides = _evaluation._Sides(mixture._parameters, score=False, laplacian=False)
-    exact = mixture._exponents(x) - mixture.log_prob(x)[:, None]
+    exact = mixture._exponents(x)[0] - mixture.log_prob(x)[:, None]
     fewest, points = 1.0, []
     for cells in _evaluation._cells(x, sides, truncate=True):
         for part, kept in sides[cells.dtype, cells.lifted].parts(cells, x):
@@ -451,9 +485,9 @@ def test_kernels_along_a_curve_in_many_dimensions_stay_in_float32(d):
     assert float(torch.cat(kept).mean()) < 0.2 * len(mixture.centers)
     log_prob, score, _ = differences(mixture, x[:500])
     found = mixture.log_prob_and_score(x)
-    # 1e-5 for the lifted form, and the rounding of values near 180 (d = 64), twice: of a sum, and of its parts
+    # 1e-5 for the lifted form, and the rounding of values near 180 (d = 64)
     eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(found[0][:500].double(), log_prob, atol=1e-5, rtol=2 * eps)
+    torch.testing.assert_close(found[0][:500].double(), log_prob, atol=1e-5, rtol=eps / 2)
     assert relative(found[1][:500].double(), score) < 1e-5
 
 
@@ -614,6 +648,21 @@ def test_shards_have_centres_to_leave_out(monkeypatch):
     monkeypatch.undo()
     expected = mixture.score_and_laplacian_ratio(mixture.centers, exclude=torch.arange(9))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_log_density_is_rounded_once(shards, monkeypatch):
+    # Far from each other, and each there twice, once in each shard: the density at a centre is twice its own.
+    n, d = 50, 12
+    centers = 100 * torch.arange(n)[:, None] + 10 * torch.eye(n, d)
+    scale = (50 * (1 + torch.rand(n, generator=seeded()))).round()
+    tril = scale[:, None, None] * torch.eye(d)
+    mixture = GaussianMixture(centers.repeat(2, 1), tril.repeat(2, 1, 1))
+    exact = mixture.log_weights[0].double() + math.log(2) + d * scale.double().log()
+    exact -= 0.5 * d * math.log(2 * math.pi)
+    if shards == 2:
+        monkeypatch.setattr(_evaluation, "_SIDE_ELEMENTS", n * (d * d + 124))
+    assert torch.equal(mixture.log_prob(centers), exact.float())
 
 
 class LargestTensor(TorchDispatchMode):
@@ -1476,7 +1525,8 @@ def test_named_constructor_errors():
 
 
 @pytest.mark.parametrize(
-    "name", ["log_prob", "score", "laplacian_ratio", "score_divergence", "responsibilities"]
+    "name",
+    ["log_prob", "score", "laplacian_ratio", "score_divergence", "responsibilities", "evaluate"],
 )
 def test_argument_errors(name):
     method = getattr(make(3, 2), name)
@@ -1520,6 +1570,7 @@ def test_no_tensor_is_made_on_the_default_device(dtype):
             *mixture.log_prob_and_score(x),
             mixture.score_divergence(x),
             mixture.responsibilities(x),
+            *mixture.evaluate(x),
             mixture.sample((5,)),
             mixture.sample((0,)),
             mixture.diffuse(0.3).score(x),

@@ -88,6 +88,8 @@ def test_evaluation(kind, block, monkeypatch):
     torch.testing.assert_close(mixture.score_divergence(x), divergence, **close)
     for got, expected in zip(mixture.log_prob_and_score(x), (log_prob, score), strict=True):
         torch.testing.assert_close(got, expected, **close)
+    for got, expected in zip(mixture.evaluate(x), differences(*given, x), strict=True):
+        torch.testing.assert_close(got, expected, **close)
     shaped = x[:10].reshape(2, 5, 4)
     torch.testing.assert_close(mixture.score(shaped), score[:10].reshape(2, 5, 4), **close)
     torch.testing.assert_close(mixture.log_prob(x[0]), log_prob[0], **close)

@@ -305,18 +305,23 @@ def _by_cells(
     ]
 
 
-def exponents(parameters: Parameters, points: Tensor) -> Tensor:
-    """Log of weight times Gaussian for each point and centre, (M, N), eq. (28)."""
-    sides = _Sides(parameters, score=False, laplacian=False)
+def exponents(
+    parameters: Parameters, points: Tensor, *, score: bool = False, laplacian: bool = False
+) -> list[Tensor]:
+    """Log of weight times Gaussian for each point and centre, (M, N), eq. (28).
+
+    Followed, where asked for, by the score and the Laplacian ratio, of the same exponents.
+    """
+    sides = _Sides(parameters, score, laplacian)
     indices, results = [], []
     for cells in _cells(points, sides, truncate=False):
         side = sides[cells.dtype, cells.lifted]
         for part in cells.chunks(1):
             local = points[part.index[0]].to(part.dtype)
             indices.append(part.index)
-            exponents = side.exponents(local, part.origin[0])
-            results.append(sides.with_level(exponents).to(points.dtype))
-    return _restored(indices, results, len(points))
+            exponents, *means = side.exponents(local, part.origin[0])
+            results.append(_all_to([sides.with_level(exponents), *means], points.dtype))
+    return [_restored(indices, list(values), len(points)) for values in zip(*results, strict=True)]
 
 
 def _restored(indices: list[Tensor], values: list[Tensor], points: int) -> Tensor:
@@ -594,10 +599,14 @@ class _Lifted:
         bias = self.log_scale - 0.5 * (pulled * centers).sum(-1)
         return _joined(self.quadratic, pulled), bias, pulled
 
-    def exponents(self, points: Tensor, origin: Tensor) -> Tensor:
-        """Log of weight times Gaussian for the points of one cell, (m, N)."""
-        keys, bias, _ = self._keys(origin[None])
-        return torch.addmm(bias[0], _lifted(points - origin), keys[0].mT)
+    def exponents(self, points: Tensor, origin: Tensor) -> list[Tensor]:
+        """Log of weight times Gaussian for the points of one cell, (m, N), and averages as in `__call__`."""
+        points = points - origin
+        keys, bias, pulled = self._keys(origin[None])
+        lifted = _lifted(points)
+        exponents = torch.addmm(bias[0], lifted, keys[0].mT)
+        mean = exponents.softmax(1) @ self._values(keys, pulled)[0]
+        return [exponents, *self._averages(points, lifted, mean)]
 
     def __call__(
         self, points: Tensor, origin: Tensor, exclude: Tensor | None, kept: Tensor | None = None
@@ -607,16 +616,23 @@ class _Lifted:
             return self._only(kept)(points, origin, exclude)
         points = points - origin[:, None]
         keys, bias, pulled = self._keys(origin)
+        lifted = _lifted(points)
+        log_prob, mean = attend(lifted, keys, bias, self._values(keys, pulled), exclude)
+        return log_prob, *self._averages(points, lifted, mean)
+
+    def _values(self, keys: Tensor, pulled: Tensor) -> Tensor:
+        """What to average for the score and the Laplacian ratio, (C, N, v), from what `_keys` returns."""
         values = [keys] if self.score else []
         if self.laplacian:
             linear = -2 * _applied(self.precision, pulled)
             constant = pulled.square().sum(-1) - self.trace
             values += [_joined(self.square, linear), constant[..., None]]
-        value = values[0] if len(values) == 1 else torch.cat([keys[..., :0], *values], -1)
-        lifted = _lifted(points)
-        log_prob, mean = attend(lifted, keys, bias, value, exclude)
-        results = [log_prob]
-        d, length = points.shape[-1], keys.shape[-1]
+        return values[0] if len(values) == 1 else torch.cat([keys[..., :0], *values], -1)
+
+    def _averages(self, points: Tensor, lifted: Tensor, mean: Tensor) -> list[Tensor]:
+        """Score (..., m, d) and Laplacian ratio (..., m), where asked for, from the mean values."""
+        results = []
+        d, length = points.shape[-1], lifted.shape[-1]
         if self.score:
             # sum_i w_i Gamma_i (Z_i - x); the quadratic keys are -Gamma / 2, doubled off the diagonal
             matrix = _unpacked(mean[..., : length - d], d)
@@ -624,7 +640,7 @@ class _Lifted:
         if self.laplacian:
             # sum_i w_i (|Gamma_i (x - Z_i)|^2 - Tr Gamma_i), eq. (31), multiplied out in x
             results.append((lifted * mean[..., -length - 1 : -1]).sum(-1) + mean[..., -1])
-        return tuple(results)
+        return results
 
 
 def _listed(chosen: Tensor) -> Tensor:
@@ -710,10 +726,15 @@ class _Differences:
         ]
         return offset, pulled
 
-    def exponents(self, points: Tensor, origin: Tensor) -> Tensor:
-        """Log of weight times Gaussian, (m, N); differences need no origin."""
-        pairs = zip(*self._pulled(points), strict=True)
-        return self.log_scale - 0.5 * sum(offset * pulled for offset, pulled in pairs)
+    def exponents(self, points: Tensor, origin: Tensor) -> list[Tensor]:
+        """Log of weight times Gaussian, (m, N), and averages as in `__call__`; differences need no origin."""
+        offset, pulled = self._pulled(points)
+        exponents = self._exponents(offset, pulled)
+        return [exponents, *self._averages(pulled, exponents.softmax(1))]
+
+    def _exponents(self, offset: list[Tensor], pulled: list[Tensor]) -> Tensor:
+        pairs = zip(offset, pulled, strict=True)
+        return self.log_scale - 0.5 * sum(one * other for one, other in pairs)
 
     def __call__(
         self, points: Tensor, origin: Tensor, exclude: Tensor | None, kept: None = None
@@ -734,17 +755,20 @@ class _Differences:
 
     def _block(self, points: Tensor, exclude: Tensor | None) -> tuple[Tensor, ...]:
         offset, pulled = self._pulled(points)
-        pairs = zip(offset, pulled, strict=True)
-        exponents = self.log_scale - 0.5 * sum(one * other for one, other in pairs)
+        exponents = self._exponents(offset, pulled)
         if exclude is not None:
             exponents = exponents + mask(exclude, exponents)
         log_prob = torch.logsumexp(exponents, 1)
         weights = (exponents - log_prob[:, None]).exp()
-        results = [log_prob]
+        return log_prob, *self._averages(pulled, weights)
+
+    def _averages(self, pulled: list[Tensor], weights: Tensor) -> list[Tensor]:
+        """Score (m, d) and Laplacian ratio (m,), where asked for, with weights (m, N)."""
+        results = []
         if self.score:
             results.append(-torch.stack([(weights * part).sum(1) for part in pulled], -1))
         if self.laplacian:
             trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
             square: Any = sum(part.square() for part in pulled)
             results.append((weights * (square - trace)).sum(1))
-        return tuple(results)
+        return results

@@ -76,7 +76,9 @@ class _SideBySide(GaussianMixture):
             )
         return evaluate(self._parameters, x, score=score, laplacian=laplacian, parts=self._parts)
 
-    def _exponents(self, x: Tensor) -> Tensor:
+    def _exponents(
+        self, x: Tensor, *, score: bool = False, laplacian: bool = False
+    ) -> list[Tensor]:
         raise ValueError(
             "the loss must do without responsibilities: members have centres of their own"
         )

@@ -9,7 +9,7 @@ and how exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,10 +36,19 @@ from wpo_notes._evaluation import Parameters, evaluate, exponents
 if TYPE_CHECKING:
     from wpo_notes.diffusion import Denoiser
 
-__all__ = ["ExpandedMixture", "GaussianMixture", "kl_monte_carlo"]
+__all__ = ["Evaluation", "ExpandedMixture", "GaussianMixture", "kl_monte_carlo"]
 
 # Least number of draws in an estimate of a Kullback-Leibler divergence.
 _KL_DRAWS = 10_000
+
+
+class Evaluation(NamedTuple):
+    """What `GaussianMixture.evaluate` returns at points (..., d)."""
+
+    log_prob: Float[Tensor, "*batch"]
+    score: Float[Tensor, "*batch d"]
+    laplacian_ratio: Float[Tensor, "*batch"]
+    responsibilities: Float[Tensor, "*batch N"]
 
 
 class GaussianMixture(Distribution):
@@ -238,7 +247,18 @@ class GaussianMixture(Distribution):
 
     def responsibilities(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch N"]:
         """Posterior probability of each component at x, (..., d) -> (..., N): the softmax in (29)."""
-        return torch.softmax(self._exponents(self._checked(x)), -1)
+        (exponents,) = self._exponents(self._checked(x))
+        return exponents.softmax(-1)
+
+    def evaluate(self, x: Float[Tensor, "*batch d"]) -> Evaluation:
+        """Log-density, score, Laplacian ratio and responsibilities at x, (..., d), from one pass over the centres.
+
+        The responsibilities are N numbers for each point. Without them the other methods need less memory, and less
+        time where most centres are too far away to count.
+        """
+        x = self._checked(x)
+        exponents, score, ratio = self._exponents(x, score=True, laplacian=True)
+        return Evaluation(exponents.logsumexp(-1), score, ratio, exponents.softmax(-1))
 
     # ---- the mixture as a law ---------------------------------------------------------------
 
@@ -350,7 +370,7 @@ class GaussianMixture(Distribution):
         tril = _lower_factor(free)
         offset = free @ (given.mT @ (values - self.centers[:, dims])[..., None])
         centers = self.centers[:, rest] - torch.cholesky_solve(offset, tril)[..., 0]
-        log_weights = self.marginal(dims)._exponents(values)
+        (log_weights,) = self.marginal(dims)._exponents(values)
         return self._like(centers, tril, log_weights)
 
     @property
@@ -466,10 +486,16 @@ class GaussianMixture(Distribution):
         )
         return [part.reshape(x.shape[:-1] + part.shape[1:]) for part in results]
 
-    def _exponents(self, x: Tensor) -> Tensor:
-        """Log of weight times Gaussian of each component at x, (..., d) -> (..., N), eq. (28)."""
-        found = exponents(self._parameters, x.reshape(-1, x.shape[-1]))
-        return found.reshape(*x.shape[:-1], len(self.centers))
+    def _exponents(
+        self, x: Tensor, *, score: bool = False, laplacian: bool = False
+    ) -> list[Tensor]:
+        """Log of weight times Gaussian of each component at x, (..., d) -> (..., N), eq. (28).
+
+        Followed, where asked for, by score and Laplacian ratio.
+        """
+        points = x.reshape(-1, x.shape[-1])
+        found = exponents(self._parameters, points, score=score, laplacian=laplacian)
+        return [part.reshape(x.shape[:-1] + part.shape[1:]) for part in found]
 
     @property
     def _parameters(self) -> Parameters:

@@ -208,7 +208,7 @@ class LowRankGaussianMixture(GaussianMixture):
             centers.to(values.dtype),
             self.diagonal[:, rest],
             reduced.mT.to(values.dtype),
-            self.marginal(dims)._exponents(values),
+            self.marginal(dims)._exponents(values)[0],
         )
 
     @property
@@ -294,21 +294,28 @@ class LowRankGaussianMixture(GaussianMixture):
         results = [torch.cat(values) for values in zip(*parts, strict=True)]
         return [part.reshape(x.shape[:-1] + part.shape[1:]) for part in results]
 
-    def _exponents(self, x: Tensor) -> Tensor:
-        """Log of weight times Gaussian of each component at x, (..., d) -> (..., N), eq. (28)."""
-        points = x.reshape(-1, x.shape[-1])
+    def _exponents(
+        self, x: Tensor, *, score: bool = False, laplacian: bool = False
+    ) -> list[Tensor]:
+        """Log of weight times Gaussian of each component at x, (..., d) -> (..., N), eq. (28).
+
+        Followed, where asked for, by score and Laplacian ratio.
+        """
         origin = self.centers.detach().double().mean(0)
-        rows = [
-            torch.cat(
-                [
-                    _Kernels(*kernels).exponents(local.double() - origin)[0]
-                    for kernels in self._blocks(origin)
-                ],
-                1,
-            ).to(x.dtype)
-            for local in points.split(self._rows)
-        ]
-        return torch.cat(rows).reshape(*x.shape[:-1], len(self.centers))
+
+        def at(points: Tensor) -> list[Tensor]:
+            """Merge the blocks of kernels, each a mixture of its own."""
+            points, several, results = points.double() - origin, [], []
+            for block in self._blocks(origin):
+                kernels = _Kernels(*block)
+                exponents, along = kernels.exponents(points)
+                several.append(exponents)
+                results.append(kernels.mixed(points, exponents, along, score, laplacian))
+            return [torch.cat(several, 1), *merged(results)[1:]]
+
+        parts = [at(points) for points in x.reshape(-1, x.shape[-1]).split(self._rows)]
+        found = (torch.cat(values).to(x.dtype) for values in zip(*parts, strict=True))
+        return [part.reshape(x.shape[:-1] + part.shape[1:]) for part in found]
 
     @property
     def _sizes(self) -> list[int]:
@@ -380,6 +387,19 @@ class _Kernels:
         exponents = bias - 0.5 * quadratic + points @ self.pulled.mT
         return exponents + 0.5 * along.square().sum(-1), along
 
+    def mixed(
+        self, points: Tensor, exponents: Tensor, along: Tensor, score: bool, laplacian: bool
+    ) -> list[Tensor]:
+        """Log-density (m,) and, where asked for, score and Laplacian ratio, from what `exponents` returns."""
+        log_prob = torch.logsumexp(exponents, 1)
+        weights = (exponents - log_prob[:, None]).exp()
+        results = [log_prob]
+        if score:
+            results.append(self.score(points, weights, along))
+        if laplacian:
+            results.append((weights * self.laplacians(points, along)).sum(1))
+        return results
+
     def score(self, points: Tensor, weights: Tensor, along: Tensor) -> Tensor:
         """Sum of weights (m, n) times -Gamma (x - Z), (m, d)."""
         n, r, d = self.rows.shape
@@ -415,14 +435,7 @@ def _evaluate_block(
         own = torch.arange(kernels.first, last, device=points.device)
         # Not -inf: nothing else may be in this block.
         exponents = exponents.masked_fill(exclude[:, None] == own, -1e300)
-    log_prob = torch.logsumexp(exponents, 1)
-    weights = (exponents - log_prob[:, None]).exp()
-    results = [log_prob]
-    if score:
-        results.append(kernels.score(points, weights, along))
-    if laplacian:
-        results.append((weights * kernels.laplacians(points, along)).sum(1))
-    return tuple(results)
+    return tuple(kernels.mixed(points, exponents, along, score, laplacian))
 
 
 def low_rank_clusters(
