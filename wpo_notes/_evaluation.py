@@ -112,14 +112,17 @@ def evaluate(
     count, d = parameters.centers.shape
     # at least two centres a shard, so that one can be left out
     shards = min(-(-count * (d * d + 124) // _SIDE_ELEMENTS), max(1, count // 2))
-    results, start = [], 0
+    if shards == 1:
+        results = _evaluate_shard(parameters, points, score, laplacian, exclude)
+        return _all_to(results, points.dtype)
+    several, start = [], 0
     for shard in zip(*(part.tensor_split(shards) for part in parameters), strict=True):
         own, end = None, start + len(shard[0])
         if exclude is not None:
             own = (exclude - start).where((start <= exclude) & (exclude < end), -1)
-        results.append(_evaluate_shard(Parameters(*shard), points, score, laplacian, own))
+        several.append(_evaluate_shard(Parameters(*shard), points, score, laplacian, own))
         start = end
-    return _all_to(results[0] if shards == 1 else merged(results), points.dtype)
+    return _all_to(merged(several), points.dtype)
 
 
 def _all_to(results: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
