@@ -171,10 +171,15 @@ def test_score_divergence_matches_jacobian_of_score(d):
 
 
 @pytest.mark.parametrize(
-    ("std", "d", "dtype"),
-    [(0.5, 2, F64), (0.02, 2, torch.float32), (1e-6, 2, F64), (0.05, 12, torch.float32)],
+    ("std", "d", "dtype", "lifted"),
+    [
+        (0.5, 2, F64, True),
+        (0.02, 2, torch.float32, True),
+        (1e-6, 2, F64, False),
+        (0.05, 12, torch.float32, True),
+    ],
 )
-def test_all_from_one_pass(std, d, dtype, monkeypatch):
+def test_all_from_one_pass(std, d, dtype, lifted, monkeypatch):
     made, sides = [], _evaluation._Sides
 
     def counted(*arguments, **options):
@@ -190,7 +195,9 @@ def test_all_from_one_pass(std, d, dtype, monkeypatch):
     monkeypatch.setattr(_evaluation, "_Sides", counted)
     found = mixture.evaluate(x)
     assert len(made) == 1
-    # Exponents are rounded by up to 1e-5 in float32 and 1e-10 in float64, and with them the weights.
+    assert lifted in {form for _, form in made[0]}
+    # Exponents are rounded by up to 1e-5 in float32 and 1e-10 in float64, in either way of computing them; times
+    # the spread of Gamma (Z - x) over the kernels, a few times the largest score, this is the means' error.
     rounding = 10 * _evaluation._ROUNDING[dtype]
     for name, ours, theirs in zip(found._fields, found, expected, strict=True):
         assert ours.shape == theirs.shape, name

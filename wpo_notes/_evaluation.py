@@ -608,6 +608,8 @@ class _Lifted:
         keys, bias, pulled = self._keys(origin[None])
         lifted = _lifted(points)
         exponents = torch.addmm(bias[0], lifted, keys[0].mT)
+        if not (self.score or self.laplacian):
+            return [exponents]
         mean = exponents.softmax(1) @ self._values(keys, pulled)[0]
         return [exponents, *self._averages(points, lifted, mean)]
 
@@ -733,6 +735,8 @@ class _Differences:
         """Log of weight times Gaussian, (m, N), and averages as in `__call__`; differences need no origin."""
         offset, pulled = self._pulled(points)
         exponents = self._exponents(offset, pulled)
+        if not (self.score or self.laplacian):
+            return [exponents]
         return [exponents, *self._averages(pulled, exponents.softmax(1))]
 
     def _exponents(self, offset: list[Tensor], pulled: list[Tensor]) -> Tensor:
