@@ -26,8 +26,10 @@ SITE = Path(__file__).resolve().parents[2] / "_build" / "html"
 PAGES = sorted(path.stem for path in SITE.glob("*.html") if path.stem != "index")
 WIDTHS = (1280, 390)  # CSS pixels: a desk, a phone
 THEMES = ("light", "dark")
-# All four, from the first to the last with one change at a time: a page is laid out again by each.
-LAYOUTS = tuple(zip(WIDTHS + WIDTHS[::-1], sorted(2 * THEMES, reverse=True), strict=True))
+# Every width with every theme: two as the page is loaded, two when all is unfolded. What sticks out depends
+# on the width, colours on the theme, and to lay a page out again takes most of a check's time.
+FOLDED_LAYOUTS = ((1280, "light"), (390, "dark"))
+UNFOLDED_LAYOUTS = ((390, "light"), (1280, "dark"))
 PAPER = 794  # CSS pixels: A4
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
@@ -82,9 +84,10 @@ BROKEN_IMAGES = """async () => {
   return images.filter(image => !image.naturalWidth).map(image => image.src.slice(0, 80));
 }"""
 
-# Tokens of one class on one ground look the same, and formulas are built alike: axe measures one token of
-# each kind, and reads the first ten formulas and twenty entries of the reference. It would take most of its
-# time for the others. Everything is measured before anything is changed, or each change would cost a layout.
+# Tokens of one class on one ground look the same, and so do the rows of a table and formulas: axe measures
+# one token of each kind, two rows of each table, the first ten formulas and twenty entries of the reference.
+# It would take most of its time for the others. Everything is measured before anything is changed, or each
+# change would cost a layout.
 THIN_OUT = """() => {
   const seen = new Set();
   const again = [...document.querySelectorAll(".highlight span[class]")].filter(token => {
@@ -93,9 +96,15 @@ THIN_OUT = """() => {
     return token.firstElementChild === null && (seen.has(kind) || !seen.add(kind));
   });
   [...document.querySelectorAll("dl.py")].slice(20).forEach(entry => entry.remove());
+  const tables = [...document.querySelectorAll(".bd-article table")];
+  const widths = tables.map(table => table.getBoundingClientRect().width);
   const formulas = [...document.querySelectorAll("mjx-math")].slice(10);
   const boxes = formulas.map(formula => formula.getBoundingClientRect());
   again.forEach(token => token.remove());
+  tables.forEach((table, k) => {
+    table.style.minWidth = `${widths[k]}px`;
+    [...table.querySelectorAll("tbody tr")].slice(2).forEach(row => row.remove());
+  });
   formulas.forEach((formula, k) => {
     formula.parentElement.replaceChildren(formula);
     formula.replaceChildren();
@@ -227,16 +236,16 @@ def report(problems: list[str], place: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page(name: str, visit):
-    """One visit for both widths, both themes and print: most of the time is the page's loading."""
-    page, problems = visit(f"{name}.html", WIDTHS[0], THEMES[0])
+    """One visit for both widths, both themes and print."""
+    page, problems = visit(f"{name}.html", *FOLDED_LAYOUTS[0])
     report(problems, name)
-    for width, theme in LAYOUTS:
+    for width, theme in FOLDED_LAYOUTS:
         show(page, width, theme)
         problems += page.evaluate(STICKS_OUT)
         report(problems, f"{name} at {width} px, {theme}")
     check_print(name, page, problems)
     page.evaluate(UNFOLD)
-    for width, theme in reversed(LAYOUTS):
+    for width, theme in UNFOLDED_LAYOUTS:
         show(page, width, theme)
         problems += [f"stays folded: {inner}" for inner in page.evaluate(FOLDED)]
         problems += [f"unfolded, {problem}" for problem in page.evaluate(STICKS_OUT)]
@@ -246,16 +255,16 @@ def test_page(name: str, visit):
     problems += [f"image that cannot be shown: {image}" for image in page.evaluate(BROKEN_IMAGES)]
     page.evaluate(THIN_OUT)
     page.evaluate(AXE)
-    for width, theme in LAYOUTS:
-        # Of the text, each width and each theme once: what colours do does not depend on the width, and
-        # what the layout does not on the theme. What is around the text is the same on all pages.
-        whole = (width == WIDTHS[0]) == (theme == THEMES[0])
-        if whole or name == "intro":
-            show(page, width, theme)
-            # The site waits 300 ms after a change of size before it lets the keyboard reach what now scrolls.
-            page.wait_for_timeout(400)
-            problems += page.evaluate(AXE_RUN, {"exclude": [] if whole else [".bd-article"]})
-            report(problems, f"{name} at {width} px, {theme}")
+    # Of the text, each width and each theme once: what colours do does not depend on the width, and what the
+    # layout does not on the theme. What is around the text is the same on all pages.
+    around = FOLDED_LAYOUTS if name == "intro" else ()
+    for width, theme in UNFOLDED_LAYOUTS[::-1] + around:
+        show(page, width, theme)
+        # The site waits 300 ms after a change of size before it lets the keyboard reach what now scrolls.
+        page.wait_for_timeout(400)
+        exclude = [".bd-article"] if (width, theme) in around else []
+        problems += page.evaluate(AXE_RUN, {"exclude": exclude})
+        report(problems, f"{name} at {width} px, {theme}")
 
 
 def show(page, width: int, theme: str) -> None:
@@ -268,7 +277,9 @@ def show(page, width: int, theme: str) -> None:
 
 def check_print(name: str, page, problems: list[str]) -> None:
     """Check the page on paper, from the dark theme, and leave it as it was."""
-    show(page, PAPER, "dark")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.set_viewport_size({"width": PAPER, "height": 900})
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.evaluate(SETTLED)
