@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import gzip
 import io
 import re
 import sys
@@ -54,7 +55,7 @@ checkout = Path(package.origin).parents[1] if package else None
 if not checkout or not (checkout / "book" / "results").is_dir():
     folder = Path("{folder}").resolve()
     content = io.BytesIO(base64.b64decode(ARCHIVE))
-    with tarfile.open(fileobj=content, mode="r:xz") as archive:
+    with tarfile.open(fileobj=content, mode="r:gz") as archive:
         archive.extractall(folder, filter="data")
     sys.path.insert(0, str(folder))
     paths = [str(folder), os.environ.get("PYTHONPATH")]
@@ -166,14 +167,15 @@ def records(sources: Iterable[str]) -> list[Path]:
 def archive(paths: Iterable[Path]) -> str:
     """Files of the repository as a compressed archive in base64; equal files give an equal text."""
     buffer = io.BytesIO()
-    # The records, which are most of it, are compressed already.
-    with tarfile.open(fileobj=buffer, mode="w:xz", preset=0) as file:
+    with tarfile.open(fileobj=buffer, mode="w") as file:
         for path in paths:
             about = tarfile.TarInfo(path.relative_to(ROOT).as_posix())
             content = path.read_bytes()
             about.size = len(content)
             file.addfile(about, io.BytesIO(content))
-    return base64.encodebytes(buffer.getvalue()).decode().rstrip()
+    # The records, which are most of it, are compressed already: xz takes eight times as long and gains 2 %.
+    packed = gzip.compress(buffer.getvalue(), mtime=0)
+    return base64.encodebytes(packed).decode().rstrip()
 
 
 def setup_cell(sources: list[str]) -> nbformat.NotebookNode:
