@@ -107,6 +107,13 @@ def test_a_model_no_better_than_a_gaussian_says_so():
     assert "Only 100 rows judge" in page
 
 
+def test_too_many_centers_names_all_rows_and_those_of_the_fit():
+    x = two_laws()
+    message = f"of the {len(x)} rows, {len(x) * 4 // 5} are fitted: .* with 400 centres are too few"
+    with pytest.raises(ValueError, match=message):
+        report.findings(x, generator=rng(), centers=400, steps=0, progress=False)
+
+
 def test_page_is_complete_in_itself_and_escapes_what_it_is_given(found):
     page = report.page(
         found, title=NASTY, columns=(NASTY, "b"), notes=[f"Column '{NASTY}' is odd."]

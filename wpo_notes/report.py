@@ -145,7 +145,11 @@ class _Round(NamedTuple):
 def _round(
     training: Tensor, held_out: Tensor, generator: torch.Generator, options: dict[str, Any]
 ) -> _Round:
-    model = fit_kernel_model(training, generator=generator, **options)
+    try:
+        model = fit_kernel_model(training, generator=generator, **options)
+    except ValueError as error:  # which counts the rows of this fit, and not those that were given
+        rows = len(training) + len(held_out)
+        raise ValueError(f"of the {rows} rows, {len(training)} are fitted: {error}") from error
     with torch.no_grad():
         mixture = model()
     log_density = {_KERNEL_MODEL: mixture.log_prob(held_out)}
