@@ -80,6 +80,11 @@ def test_verdicts_are_on_known_claims(page: str) -> None:
     recorded = re.findall(r"ledger\.record\(\s*\"([^\"]+)\"", code)
     assert len(recorded) == code.count("ledger.record(")
     assert set(recorded) <= {claim["id"] for claim in CLAIMS}
+    # Else the verdict is made and never shown, and the ledger, which is read from what is shown, lacks it.
+    deciding = [cell.source for cell in cells(page) if "ledger.record(" in cell.source]
+    ends = [ast.unparse(ast.parse(source).body[-1]) for source in deciding]
+    assert all(end.startswith("ledger.record(") for end in ends)
+    assert len(ends) == len(recorded)
     # A verdict that is computed is checked where it is recorded; one that is written out, here.
     written = re.findall(r"ledger\.record\(\s*\"[^\"]+\"\s*,\s*\"([^\"]+)\"", code)
     assert set(written) <= set(wpo_notes.ledger.VERDICTS)
@@ -422,7 +427,7 @@ def test_opening_that_needs_an_unknown_page_fails_the_build(tiny_book: Path) -> 
     assert "In the package" not in second
     html = (tiny_book / "_build" / "html" / "one.html").read_text(encoding="utf-8")
     assert "a time that was not measured" in html
-    assert "No claim of the ledger is decided on this page yet." in html
+    assert "No claim of the ledger is decided on this page." in html
 
 
 # ---- the checks of the site and of the cells' style

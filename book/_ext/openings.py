@@ -112,7 +112,7 @@ def resolve(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         if items:
             pending.replace_self(nodes.bullet_list("", *items, classes=["checked-claims"]))
         else:
-            text = "No claim of the ledger is decided on this page yet."
+            text = "No claim of the ledger is decided on this page."
             pending.replace_self(nodes.paragraph("", text))
 
 

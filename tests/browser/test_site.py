@@ -74,6 +74,12 @@ CUTS_OFF = """() => [...document.querySelectorAll(".bd-article :not(mjx-containe
     && ["hidden", "clip"].includes(getComputedStyle(box).overflowX))
   .map(box => `shows ${box.clientWidth} of ${box.scrollWidth} px: ${box.outerHTML.slice(0, 80)}`)"""
 
+# On a phone a wide formula scrolls in a box of its own; at a desk none should have to.
+WIDE_FORMULAS = """() => [...document.querySelectorAll('mjx-container[display="true"]')]
+  .filter(formula => formula.scrollWidth > formula.clientWidth + 4)
+  .map(formula => `cuts ${formula.scrollWidth - formula.clientWidth} px off the formula `
+    + (formula.closest("div.math")?.id || formula.textContent.slice(0, 40)))"""
+
 MATH_ERRORS = """() => [...document.querySelectorAll("mjx-merror, [data-mjx-error]")]
   .map(error => error.getAttribute("data-mjx-error") ?? error.textContent)"""
 
@@ -250,6 +256,8 @@ def test_page(name: str, visit):
         problems += [f"stays folded: {inner}" for inner in page.evaluate(FOLDED)]
         problems += [f"unfolded, {problem}" for problem in page.evaluate(STICKS_OUT)]
         problems += page.evaluate(CUTS_OFF)
+        if width == WIDTHS[0]:
+            problems += page.evaluate(WIDE_FORMULAS)
         report(problems, f"{name} at {width} px, {theme}")
     problems += [f"formula: {error}" for error in page.evaluate(MATH_ERRORS)]
     problems += [f"image that cannot be shown: {image}" for image in page.evaluate(BROKEN_IMAGES)]
@@ -319,6 +327,11 @@ def test_front_page_leads_to_the_first_chapter(contexts, address):
         (CUTS_OFF, '<div style="overflow: hidden"><p style="width: 900px">x</p></div>'),
         (FOLDED, "<details><summary>Solution</summary><p>x</p></details>"),
         (MATH_ERRORS, '<mjx-container><mjx-merror data-mjx-error="Undefined">x</mjx-merror>'),
+        (
+            WIDE_FORMULAS,
+            '<mjx-container display="true" style="display: block; overflow: auto; width: 90px">'
+            '<p style="width: 99px">x</p></mjx-container>',
+        ),
         (BROKEN_IMAGES, '<img src="none.png" alt="None">'),
         (AXE_RUN, '<p style="color: #777; background: #999">pale words</p>'),
         (AXE_RUN, "<button></button>"),
