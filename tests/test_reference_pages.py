@@ -22,6 +22,8 @@ import pytest
 import reference_links
 import yaml
 
+from wpo_notes.metrics import Estimate
+
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -202,6 +204,13 @@ def test_entries_link_to_chapters_that_use_them_or_else_to_those_of_their_module
     assert linked("wpo_notes.plots.samples", users) == []  # of all chapters
     assert linked("wpo_notes.fit.FitResult.model", users, "attribute") == []
     assert linked("wpo_notes.fit.Record.Inner", users, "class") == []
+
+
+def test_fields_of_named_tuples_have_no_docstring_of_python_s() -> None:
+    for docstring, left in ((Estimate.value.__doc__, []), ("Alias for it.", ["Alias for it."])):
+        lines = [docstring]
+        reference_links.leave_out_aliases(None, "attribute", "name", None, None, lines)
+        assert lines == left
 
 
 def test_every_module_of_the_reference_names_chapters_of_the_book() -> None:

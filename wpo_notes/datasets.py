@@ -59,9 +59,9 @@ _CUTOFF = 25.0
 class Nearest(NamedTuple):
     """Where the noiseless curves come nearest to each point."""
 
-    point: Float[Tensor, "*batch 2"]
-    tangent: Float[Tensor, "*batch 2"]
-    piece: Int[Tensor, "*batch"]
+    point: Float[Tensor, "*batch 2"]  #: of a curve
+    tangent: Float[Tensor, "*batch 2"]  #: there, of length one
+    piece: Int[Tensor, "*batch"]  #: number of the curve
 
 
 class _Random(NamedTuple):

@@ -54,9 +54,9 @@ class Record(NamedTuple):
     """Objective, and what else was asked for, after a number of steps."""
 
     step: int
-    objective: float  # mean over the batches since the last record
-    held_out: float | None  # on the held-out points, if there are any
-    measured: dict[str, Any] | None  # what `measure` returned, if it was given
+    objective: float  #: mean over the batches since the last record
+    held_out: float | None  #: on the held-out points, if there are any
+    measured: dict[str, Any] | None  #: what `measure` returned, if it was given
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class FitResult:
 
     model: nn.Module
     history: list[Record]
-    seconds: float  # wall time of training, without measurements, over all resumed runs
-    cpu_seconds: float = 0.0  # processor time of the same, of this process alone
+    seconds: float  #: wall time of training, without measurements, over all resumed runs
+    cpu_seconds: float = 0.0  #: processor time of the same, of this process alone
 
 
 class TrainingStopped(FloatingPointError):

@@ -46,8 +46,8 @@ _BLOCK_ELEMENTS = 2**22
 class Estimate(NamedTuple):
     """A number and its standard error (or, for quadrature, its error estimate)."""
 
-    value: float
-    error: float
+    value: float  #: the number
+    error: float  #: its standard error, or the quadrature's
 
 
 @runtime_checkable
@@ -324,10 +324,10 @@ def weight_error(law: PiecewiseLaw, x: Float[Tensor, "n d"]) -> float:
 class Memorisation(NamedTuple):
     """Does a model copy? Each number means little without its value for fresh draws; see `memorisation`."""
 
-    share_near: float
-    authenticity: float
-    copying_score: float
-    nearest_distance: list[float]
+    share_near: float  #: share of samples with d1 < d2 / 3 (Yoon et al. 2023)
+    authenticity: float  #: share farther from a training point than that from its own nearest
+    copying_score: float  #: C_T of Meehan et al. (2020), a z-score
+    nearest_distance: list[float]  #: 10, 50 and 90 % quantiles of the distance to training points
 
 
 def memorisation(

@@ -45,10 +45,10 @@ _KL_DRAWS = 10_000
 class Evaluation(NamedTuple):
     """What `GaussianMixture.evaluate` returns at points (..., d)."""
 
-    log_prob: Float[Tensor, "*batch"]
-    score: Float[Tensor, "*batch d"]
-    laplacian_ratio: Float[Tensor, "*batch"]
-    responsibilities: Float[Tensor, "*batch N"]
+    log_prob: Float[Tensor, "*batch"]  #: log-density, eq. (25), in nats
+    score: Float[Tensor, "*batch d"]  #: its gradient, eq. (29), in 1 / units
+    laplacian_ratio: Float[Tensor, "*batch"]  #: Laplacian over density, eq. (31), in 1 / units²
+    responsibilities: Float[Tensor, "*batch N"]  #: posterior probability of each component
 
 
 class GaussianMixture(Distribution):

@@ -227,7 +227,7 @@ class Animation:
     alt: str
     slider: str
     still: int
-    width: float  # inches
+    width: float  #: inches
 
     def __repr__(self) -> str:
         return f"{self.alt} ({len(self.frames)} frames, {self.labels[0]} to {self.labels[-1]})"

@@ -48,24 +48,24 @@ class Competitor(NamedTuple):
     """A density estimate of the training rows, judged on the held-out rows."""
 
     name: str
-    chosen: str  # what it chose for itself
-    log_density: Estimate  # mean over the held-out rows, nats a row, in the data's units
-    lead: Estimate | None  # mean of the kernel model's minus its own, row by row; None for itself
+    chosen: str  #: what it chose for itself
+    log_density: Estimate  #: mean over the held-out rows, nats a row, in the data's units
+    lead: Estimate | None  #: mean of the kernel model's minus its own, row by row; None for itself
 
 
 class Findings(NamedTuple):
     """What a report shows: the competitors' means over all rounds, the rest of the first one."""
 
-    competitors: list[Competitor]  # the kernel model first
+    competitors: list[Competitor]  #: the kernel model first
     rounds: int
-    judged: int  # rows that were held out in some round
+    judged: int  #: rows that were held out in some round
     mixture: GaussianMixture
     training: Tensor
     held_out: Tensor
     samples: Tensor
-    panel: Memorisation  # of the model's samples
-    null: Memorisation  # of the held-out rows
-    distance: tuple[Tensor, Tensor]  # to the nearest training row: of samples, of held-out rows
+    panel: Memorisation  #: of the model's samples
+    null: Memorisation  #: of the held-out rows
+    distance: tuple[Tensor, Tensor]  #: to the nearest training row: of samples, of held-out rows
 
 
 def findings(

@@ -88,8 +88,17 @@ def used(env: BuildEnvironment, page: str) -> dict[str, ObjectEntry]:
     }
 
 
+def leave_out_aliases(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Leave out the docstring that Python makes for a field of a named tuple: it says nothing."""
+    if lines and re.fullmatch(r"Alias for field number \d+", lines[0]):
+        lines.clear()
+
+
 def setup(app: Sphinx) -> dict:
     app.connect("builder-inited", index)
     app.connect("env-get-outdated", outdated)
     app.connect("autodoc-process-docstring", link, priority=400)  # before napoleon's 500
+    app.connect("autodoc-process-docstring", leave_out_aliases)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
