@@ -46,9 +46,8 @@ def lift(x: Float[Tensor, "B d"]) -> Float[Tensor, "B m"]:
 class AttentionLayer(NamedTuple):
     r"""One head of softmax attention on lifted points, with output affine in x: eq. (34).
 
-    .. math:: s(x) = \sum_i \sigma_i(x)\, u_i(x), \qquad
-              \sigma(x) = \operatorname{softmax}\bigl(\mathbf A\,\mathcal T(x) + \mathbf b\bigr), \qquad
-              u_i(x) = v_i - M_i x .
+    .. math:: s(x) &= \sum_i \sigma_i(x)\, u_i(x), \qquad u_i(x) = v_i - M_i x , \\
+              \sigma(x) &= \operatorname{softmax}\bigl(\mathbf A\,\mathcal T(x) + \mathbf b\bigr) .
 
     It is the score of a kernel model if :math:`\mathbf A_i = (-\tfrac12\operatorname{vec}\Gamma_i,
     \Gamma_i Z_i)`, :math:`M_i = \Gamma_i` and :math:`v_i = \Gamma_i Z_i`; `from_mixture` makes that one.

@@ -28,9 +28,9 @@ class ScoreNetwork(nn.Module):
 
     A denoiser D(y; σ) gives the score (D - y) / σ². With the preconditioning of Karras et al. (2022)
 
-    .. math:: D = c_{\mathrm{skip}}\,y + c_{\mathrm{out}}\,F_\theta\bigl(c_{\mathrm{in}}\,y,
-              \tfrac14\log\sigma\bigr), \quad
-              c_{\mathrm{skip}} = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2}, \quad
+    .. math:: D &= c_{\mathrm{skip}}\,y + c_{\mathrm{out}}\,F_\theta\bigl(c_{\mathrm{in}}\,y,
+              \tfrac14\log\sigma\bigr), \\
+              c_{\mathrm{skip}} &= \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2}, \quad
               c_{\mathrm{out}} = \frac{\sigma\sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}}, \quad
               c_{\mathrm{in}} = \frac1{\sqrt{\sigma^2 + \sigma_d^2}}
 

@@ -83,9 +83,8 @@ def kl_divergence(
 ) -> Estimate:
     r"""Kullback-Leibler divergence of a model from a law, in nats, by Monte Carlo.
 
-    .. math:: \mathcal D_{KL}(\pi \| \hat\pi) = \E_\pi[\log\pi(X) - \log\hat\pi(X)]
-              \approx \frac1n \sum_{i=1}^n \bigl(\log\pi(X_i) - \log\hat\pi(X_i)\bigr),
-              \qquad X_i \sim \pi .
+    .. math:: \mathcal D_{KL}(\pi \| \hat\pi) &= \E_\pi[\log\pi(X) - \log\hat\pi(X)] \\
+              &\approx \frac1n \sum_{i=1}^n \bigl(\log\pi(X_i) - \log\hat\pi(X_i)\bigr), \qquad X_i \sim \pi .
 
     The estimate is infinite if the model's density is zero at one of the points.
 
@@ -132,8 +131,9 @@ def energy_test(
 ) -> float:
     r"""p-value of the two-sample permutation test on the energy distance (Székely and Rizzo 2013).
 
-    .. math:: \mathcal E(x, y) = \frac{2}{nm}\sum_{ij}|x_i - y_j| - \frac{1}{n^2}\sum_{ij}|x_i - x_j|
-              - \frac{1}{m^2}\sum_{ij}|y_i - y_j| = -w^\top D w ,
+    .. math:: \mathcal E(x, y) &= \frac{2}{nm}\sum_{ij}|x_i - y_j| - \frac{1}{n^2}\sum_{ij}|x_i - x_j|
+              - \frac{1}{m^2}\sum_{ij}|y_i - y_j| \\
+              &= -w^\top D w ,
 
     with D the distances of the pooled points and w = 1/n on x, -1/m on y. Under the null hypothesis
     that x and y have one law, permuting w changes nothing: with B permutations
@@ -246,8 +246,9 @@ def sliced_wasserstein(
 def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
     r"""Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, eq. 3), Gaussian kernel.
 
-    .. math:: \frac{\sum_{i\ne j} k(x_i, x_j)}{n(n-1)} + \frac{\sum_{i\ne j} k(y_i, y_j)}{m(m-1)}
-              - \frac{2\sum_{ij} k(x_i, y_j)}{nm}, \qquad k(a, b) = e^{-|a - b|^2 / 2\ell^2}
+    .. math:: & \frac{\sum_{i\ne j} k(x_i, x_j)}{n(n-1)} + \frac{\sum_{i\ne j} k(y_i, y_j)}{m(m-1)}
+              - \frac{2\sum_{ij} k(x_i, y_j)}{nm}, \\
+              & k(a, b) = e^{-|a - b|^2 / 2\ell^2}
 
     with ℓ the median distance between points of the two samples. Its mean is 0 for equal laws, so single
     values can be negative.

@@ -622,9 +622,9 @@ class ExpandedMixture(Distribution):
 def kl_monte_carlo(p: GaussianMixture, q: Distribution) -> Tensor:
     r"""Kullback-Leibler divergence of mixtures by Monte Carlo: what ``torch.distributions.kl_divergence`` calls.
 
-    .. math:: \mathcal D_{KL}(p \| q) = \sum_i w_i\,\E_{p_i}[\log p - \log q]
-              \approx \sum_i \frac{w_i}{m} \sum_{j=1}^m \bigl(\log p - \log q\bigr)(Z_i + L_i^{-\top}\xi_{ij}),
-              \qquad m = \lceil 10^4 / N \rceil .
+    .. math:: \mathcal D_{KL}(p \| q) &= \sum_i w_i\,\E_{p_i}[\log p - \log q] \\
+              &\approx \sum_i \frac{w_i}{m} \sum_{j=1}^m \bigl(\log p - \log q\bigr)(Z_i + L_i^{-\top}\xi_{ij}), \\
+              m &= \lceil 10^4 / N \rceil .
 
     ``kl_divergence`` takes no generator, so the ξ come from one that is seeded by 0: the same arguments give
     the same number, and the global random state is neither read nor changed. With every component drawn

@@ -170,16 +170,16 @@ def mean_field_objective(
 ) -> Float[Tensor, ""]:
     r"""Mean-field objective of eq. (11) for a given terminal density μ; `kernel_formula` minimises it.
 
-    .. math:: J(\mu) = \int V \mu + \inf_{\rho, v} \Bigl\{\int_0^T\!\!\int \tfrac12 |v|^2 \rho \;:\;
-              \partial_t\rho + \nabla\cdot(v\rho) = \gamma\Delta\rho,\;
-              \rho(\cdot,0) = \rho_0,\; \rho(\cdot,T) = \mu \Bigr\} .
+    .. math:: J(\mu) = \int V \mu + \inf_{\rho, v} \Bigl\{ & \int_0^T\!\!\int \tfrac12 |v|^2 \rho \;:\;
+              \partial_t\rho + \nabla\cdot(v\rho) = \gamma\Delta\rho, \\
+              & \rho(\cdot,0) = \rho_0,\; \rho(\cdot,T) = \mu \Bigr\} .
 
     By Girsanov's theorem the least kinetic energy is :math:`2\gamma` times the Kullback-Leibler
     divergence of the cheapest plan from the free Brownian one (Schrödinger's problem),
 
-    .. math:: \min_P \; 2\gamma \sum_{ji} P_{ji} \log \frac{P_{ji}}
-              {w_j \rho_0(x_j)\, G_{\gamma,T}(x_j, x_i)\, w_i}, \qquad
-              \sum_i P_{ji} = w_j \rho_0(x_j), \quad \sum_j P_{ji} = w_i \mu(x_i),
+    .. math:: & \min_P \; 2\gamma \sum_{ji} P_{ji} \log \frac{P_{ji}}
+              {w_j \rho_0(x_j)\, G_{\gamma,T}(x_j, x_i)\, w_i}, \\
+              & \sum_i P_{ji} = w_j \rho_0(x_j), \quad \sum_j P_{ji} = w_i \mu(x_i),
 
     entropic optimal transport, solved by POT in float64. J is taken from the dual potentials, so
     its error is of second order in Sinkhorn's remaining error. At the minimum

@@ -404,8 +404,8 @@ def log_prob_probability_flow(
 ) -> Float[Tensor, "*batch"]:
     r"""Log-likelihood of x under the probability-flow ODE of `score`, from s = `stop` up to s = T.
 
-    .. math:: \log\eta(x, s_0) = \log\eta(X(T), T) + \int_{s_0}^T \nabla\cdot v(X(s), s)\,\mathrm ds,
-              \qquad v = -aX - \tfrac12\beta^2\,\nabla\log\eta, \quad X(s_0) = x,
+    .. math:: \log\eta(x, s_0) &= \log\eta(X(T), T) + \int_{s_0}^T \nabla\cdot v(X(s), s)\,\mathrm ds, \\
+              v &= -aX - \tfrac12\beta^2\,\nabla\log\eta, \quad X(s_0) = x,
 
     with the exact divergence: d backward passes an evaluation, so for small d.
 

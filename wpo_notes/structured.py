@@ -1,8 +1,7 @@
 r"""Gaussian mixtures with covariances diagonal plus low rank: eqs. (25), (26), (29), (31) in many dimensions.
 
-.. math:: C_i = \operatorname{diag}(v_i) + W_i W_i^\top , \qquad
-          \Gamma_i = C_i^{-1} = D_i^{-1} - V_i V_i^\top , \qquad
-          V_i = D_i^{-1} W_i R_i^{-\top} , \qquad R_i R_i^\top = I + W_i^\top D_i^{-1} W_i ,
+.. math:: C_i &= \operatorname{diag}(v_i) + W_i W_i^\top , & \Gamma_i &= C_i^{-1} = D_i^{-1} - V_i V_i^\top , \\
+          V_i &= D_i^{-1} W_i R_i^{-\top} , & R_i R_i^\top &= I + W_i^\top D_i^{-1} W_i ,
 
 by Woodbury's identity, with :math:`D_i = \operatorname{diag}(v_i)` and the r × r factor R. A kernel costs d (r + 1)
 numbers and an evaluation d (r + 2) products, instead of d²; no d × d matrix of a kernel exists.
@@ -193,8 +192,8 @@ class LowRankGaussianMixture(GaussianMixture):
 
         With b the given coordinates, a the others and :math:`R R^\top = I + W_b^\top D_b^{-1} W_b`,
 
-        .. math:: Z_{a \mid b} = Z_a + W_a (R R^\top)^{-1} W_b^\top D_b^{-1} (x_b - Z_b), \qquad
-                  C_{a \mid b} = D_a + W_a (R R^\top)^{-1} W_a^\top .
+        .. math:: Z_{a \mid b} &= Z_a + W_a (R R^\top)^{-1} W_b^\top D_b^{-1} (x_b - Z_b), \\
+                  C_{a \mid b} &= D_a + W_a (R R^\top)^{-1} W_a^\top .
         """
         dims, rest, values = self._checked_condition(dims, values)
         free, given = self.factor[:, rest].double(), self.factor[:, dims].double()
