@@ -209,7 +209,7 @@ def fit(
         if ranks > 1:
             index, noise = index[rank::ranks], own_generator(generator, rank)
         objective = loss(model, x[index], index, noise)
-        model.zero_grad()  # the optimizer's own takes five times as long
+        run.optimizer.zero_grad()
         objective.backward()
         if ranks > 1:
             objective = average_gradients(model, objective, len(index) / batch_size)
@@ -266,14 +266,10 @@ class _Run:
 
     def clip_gradient(self, clip: float, objective: Tensor) -> None:
         largest = math.inf if self.typical_norm is None else clip * self.typical_norm
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        total = nn.utils.get_total_norm(gradients)
-        norm = float(total)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
         if not math.isfinite(norm) or not math.isfinite(float(objective.detach())):
             times = self.seconds, self.cpu_seconds
             raise TrainingStopped(self._diagnosis(objective), self.history, *times)
-        if norm > largest:  # which is rare, and to scale by one takes as long as the norm
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, total)
         clipped = min(norm, largest)
         if self.typical_norm is None:
             self.typical_norm = clipped
