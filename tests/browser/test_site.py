@@ -90,8 +90,8 @@ BROKEN_IMAGES = """async () => {
   return images.filter(image => !image.naturalWidth).map(image => image.src.slice(0, 80));
 }"""
 
-# Tokens of one class on one ground look the same, and so do the rows of a table and formulas: axe measures
-# one token of each kind, two rows of each table, the first ten formulas and twenty entries of the reference.
+# Tokens of one class on one ground look the same, and so do a cell's table's rows and formulas: axe measures
+# one token of each kind, two rows of such a table, the first ten formulas and twenty entries of the reference.
 # It would take most of its time for the others. Everything is measured before anything is changed, or each
 # change would cost a layout.
 THIN_OUT = """() => {
@@ -102,7 +102,7 @@ THIN_OUT = """() => {
     return token.firstElementChild === null && (seen.has(kind) || !seen.add(kind));
   });
   [...document.querySelectorAll("dl.py")].slice(20).forEach(entry => entry.remove());
-  const tables = [...document.querySelectorAll(".bd-article table")];
+  const tables = [...document.querySelectorAll(".cell_output table")];
   const widths = tables.map(table => table.getBoundingClientRect().width);
   const formulas = [...document.querySelectorAll("mjx-math")].slice(10);
   const boxes = formulas.map(formula => formula.getBoundingClientRect());
