@@ -22,6 +22,11 @@ def test_html_has_every_cell_as_it_was_given():
     assert root.tag == "table"
 
 
+def test_a_value_and_its_error_stay_on_one_line():
+    root = ElementTree.fromstring(table(["KL"], [["0.25 ± 0.01 nats"]])._repr_html_())
+    assert root.findtext("tbody/tr/td") == "0.25\u00a0±\u00a00.01 nats"
+
+
 def test_plain_text_is_aligned():
     assert repr(table(HEAD, ROWS)) == (
         'law              KL\nmoons & <rings>  0.25\na "quoted" name'

@@ -1,3 +1,19 @@
+// Cells' code can be hidden, for those who read the argument first. The choice holds on all pages.
+function setCode(state) {
+  document.documentElement.dataset.code = state;
+  document.querySelectorAll(".btn-code-button").forEach(button => {
+    button.setAttribute("aria-pressed", state === "hidden");
+  });
+}
+function toggleCode() {
+  const state = document.documentElement.dataset.code === "hidden" ? "shown" : "hidden";
+  localStorage.setItem("code", state);
+  setCode(state);
+}
+const startWithCode = () => setCode(localStorage.getItem("code") ?? "shown");
+startWithCode(); // before the page is drawn, and once its button is there
+addEventListener("DOMContentLoaded", startWithCode);
+
 // A figure that scrolls sideways can be scrolled with the keyboard too, as the theme does for code.
 function makeFiguresScrollable() {
   document.querySelectorAll(".bd-article figure").forEach(figure => {

@@ -317,6 +317,29 @@ def test_front_page_leads_to_the_first_chapter(contexts, address):
     page.close()
 
 
+def test_code_is_hidden_on_all_pages_and_shown_again(browser, address):
+    context = browser.new_context(viewport={"width": WIDTHS[1], "height": 900})
+    page = context.new_page()
+    code, results = page.locator(".cell > .cell_input"), page.locator(".cell > .cell_output")
+    empty = page.locator(".cell:not(.tag_hide-cell):not(:has(> .cell_output))")
+    button = page.locator(".btn-code-button")
+    for name, hide in (("algorithm", True), ("memorisation", False)):
+        page.goto(f"{address}{name}.html")
+        assert button.get_attribute("aria-pressed") == str(not hide).lower()
+        assert code.count() > 5
+        assert empty.count() > 0
+        for hidden in (not hide, hide):
+            assert code.filter(visible=True).count() == (0 if hidden else code.count())
+            assert empty.filter(visible=True).count() == (0 if hidden else empty.count())
+            assert results.filter(visible=True).count() == results.count() > 0
+            if hidden != hide:
+                button.click()
+        assert page.evaluate(STICKS_OUT) == []
+    page.goto(f"{address}notation.html")
+    assert button.count() == 0
+    context.close()
+
+
 # ---- the checks find what they are for
 
 

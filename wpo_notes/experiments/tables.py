@@ -64,4 +64,6 @@ def _texts(cells: Sequence[object]) -> tuple[str, ...]:
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    # on a phone a value and its error stay on one line
+    texts = [html.escape(cell).replace(" ± ", "&#160;±&#160;") for cell in cells]
+    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
