@@ -386,9 +386,47 @@ def test_narrow_float64_kernels_are_as_exact_as_differences():
     torch.testing.assert_close(mixture.laplacian_ratio(x), ratio, atol=1e-10 * 1e12, rtol=1e-10)
 
 
+def test_no_more_centres_than_dimensions_are_exact_however_long_their_kernels_are():
+    """Axes from 1e-4 to 10: multiplied out, exponents would be off by about 1e10 roundings."""
+    mixture = make(12, 12, std=1e-4, ratio=1e5)
+    x = mixture.sample((200,), generator=seeded(1))
+    assert [cell.lifted for cell in cells_of(x, mixture.precision_tril)] == [False]
+    # in the longest floating-point numbers that the machine has
+    centers, tril, points = (
+        part.numpy().astype(np.longdouble) for part in (mixture.centers, mixture.precision_tril, x)
+    )
+    whitened = np.einsum("nji,mnj->mni", tril, points[:, None] - centers)
+    log_det = np.log(np.diagonal(tril, axis1=1, axis2=2)).sum(1)
+    exponents = mixture.log_weights.numpy() + log_det - 0.5 * (whitened**2).sum(-1)
+    exponents = exponents - 6 * np.log(2 * np.longdouble(math.pi))
+    top = exponents.max(1, keepdims=True)
+    exact = (top + np.log(np.exp(exponents - top).sum(1, keepdims=True)))[:, 0]
+    assert np.abs(mixture.log_prob(x).numpy() - exact).max() < 1e-8
+
+
+@pytest.mark.usefixtures("by_cells")
+def test_blocks_of_differences_change_nothing(monkeypatch):
+    centers, tril, log_weights = parameters(5, 6)
+    x = GaussianMixture(centers, tril).sample((40,), generator=seeded(1))
+    exclude = torch.arange(40) % 6 - 1
+
+    def results() -> list[torch.Tensor]:
+        given = [part.clone().requires_grad_() for part in (x, centers, tril)]
+        mixture = GaussianMixture(*given[1:], log_weights=log_weights)
+        score, ratio = mixture.score_and_laplacian_ratio(given[0], exclude=exclude)
+        value = mixture.log_prob(given[0]).sum() + score.square().sum() + ratio.sum()
+        return [score, ratio, mixture.responsibilities(x), *torch.autograd.grad(value, given)]
+
+    whole = results()
+    monkeypatch.setattr(_evaluation, "_BLOCK_ELEMENTS", 7 * 5 * 6)
+    blocks = results()
+    for one, other in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def cell_sizes(x: torch.Tensor, std: float) -> list[tuple[torch.dtype, bool, int, int]]:
     """Dtype, whether lifted, number of cells and points in each; after checking what was promised."""
-    groups = cells_of(x, torch.eye(2, dtype=x.dtype)[None] / std)
+    groups = cells_of(x, torch.eye(2, dtype=x.dtype).expand(3, -1, -1) / std)
     everything = torch.cat([group.index.flatten() for group in groups])
     assert torch.equal(everything.unique(), torch.arange(len(x)))
     for group in groups:
@@ -410,14 +448,14 @@ def test_cells():
     (narrow,) = cell_sizes(x, 1e-3)
     assert narrow[:2] == (F64, True)
     # split only where centres may be left out, and only if kernels are narrow for it
-    tril = torch.eye(2, dtype=F64)[None]
+    tril = torch.eye(2, dtype=F64).expand(3, -1, -1)
     assert len(cells_of(x.double(), tril / 0.02)[0].index) == 1
     assert len(cells_of(x.double(), tril / 0.05, truncate=True)[0].index) == 1
-    # a lone centre contributes everywhere
+    # centres in one place contribute everywhere
     assert len(cells_of(x.double(), tril / 0.02, truncate=True)[0].index) == 1
     grid = torch.linspace(0, 1, 21, dtype=F64)
     grid = torch.cartesian_prod(grid, grid)
-    many = cells_of(x.double(), tril.expand(441, -1, -1) / 0.02, grid, truncate=True)
+    many = cells_of(x.double(), tril[:1].expand(441, -1, -1) / 0.02, grid, truncate=True)
     assert len(many[0].index) == 16
     # float32 points in [0, 1), kernels for which even float64 about one origin would lose too much
     assert cell_sizes(x, 1e-9) == [(F64, False, 1, 2000)]

@@ -9,9 +9,9 @@ so log-density, score and Laplacian are softmax attention (eq. (34)), and no ten
 its absolute error is about :math:`\varepsilon\, r^2\, \lambda_{\max}(\Gamma) / \sqrt d` for points within r of
 the origin (the roundings of the d squares have random signs). The points are therefore grouped into cells,
 each lifted about an origin of its own, until that bound is small; points that would make too many cells
-are lifted in float64, and kernels too narrow for that are evaluated by differences. What neither cures is
-:math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in float32, prefer float64 where the ratio of
-axes exceeds a few hundred.
+are lifted in float64, and kernels too narrow for that are evaluated by differences, in float64, as are no more kernels
+than dimensions. What cells do not cure is :math:`\varepsilon\,\kappa(\Gamma)`, for kernels much longer than wide: in
+float32, prefer float64 where the ratio of axes exceeds a few hundred.
 
 Kernels that narrow reach few cells: centres that cannot contribute to any point of a cell are left out there
 (`_contributing` proves the bound).
@@ -60,7 +60,7 @@ _MOST_POINTS = 2**18
 _LARGEST_COMPILED = 8
 # except for so many points in boxes that reach no more than so many times as far as one cell, in float32.
 _MANY_POINTS, _FEW_CELLS = 1024, 4
-# This many differences (points times centres) are computed at a time.
+# This many numbers of differences (points times centres times dimensions) are computed at a time.
 _BLOCK_ELEMENTS = 2**20
 
 
@@ -367,6 +367,8 @@ def _cells(points: Tensor, sides: _Sides, *, truncate: bool) -> list[_Cells]:
     if len(points) <= 1:
         # The sum is the point itself, or zero if there is none (and it works inside vmap).
         return [_Cells(rest[None], points.sum(0, keepdim=True).double(), torch.float64, True)]
+    if sides.few:
+        return [_Cells(rest[None], points[:1], torch.float64, False)]
     found, norm, reach = [], None, math.inf
     for dtype in _products(points.dtype):
         if _too_coarse(points, dtype, sides):
@@ -480,6 +482,10 @@ class _Sides(dict[tuple[torch.dtype, bool], Any]):
     def __init__(self, parameters: Parameters, score: bool, laplacian: bool) -> None:
         super().__init__()
         self.parameters, self.score, self.laplacian = parameters, score, laplacian
+        n, d = parameters.centers.shape
+        self.few = (
+            n <= d
+        )  # to lift a point, in d^2 / 2 numbers, takes longer than its n d differences
         log_scale = parameters.log_scale()
         # Left out of the exponents and added to their log-sum-exp in float64, so that float32 rounds small numbers.
         self.level = log_scale.detach().amax()
@@ -706,7 +712,7 @@ def _unpacked(packed: Tensor, d: int) -> Tensor:
 
 
 class _Differences:
-    """The same by differences, coordinate by coordinate: slower, and exact for any width."""
+    """The same by differences: slower where centres are many, and exact for any width."""
 
     chunk = 1
 
@@ -718,64 +724,67 @@ class _Differences:
         self, parameters: Parameters, log_scale: Tensor, score: bool, laplacian: bool
     ) -> None:
         self.score, self.laplacian = score, laplacian
-        self.centers = parameters.centers
-        self.precision = parameters.precision()
+        self.centers, self.tril = parameters.centers, parameters.precision_tril
         self.log_scale = log_scale
-
-    def _pulled(self, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Coordinates of x - Z_i and of Gamma_i (x - Z_i), each (m, N)."""
-        coordinates = range(points.shape[1])
-        offset = [points[:, k, None] - self.centers[:, k] for k in coordinates]
-        pulled: list[Any] = [
-            sum(self.precision[:, k, m] * offset[m] for m in coordinates) for k in coordinates
-        ]
-        return offset, pulled
 
     def exponents(self, points: Tensor, origin: Tensor) -> list[Tensor]:
         """Log of weight times Gaussian, (m, N), and averages as in `__call__`; differences need no origin."""
-        offset, pulled = self._pulled(points)
-        exponents = self._exponents(offset, pulled)
-        if not (self.score or self.laplacian):
-            return [exponents]
-        return [exponents, *self._averages(pulled, exponents.softmax(1))]
 
-    def _exponents(self, offset: list[Tensor], pulled: list[Tensor]) -> Tensor:
-        pairs = zip(offset, pulled, strict=True)
-        return self.log_scale - 0.5 * sum(one * other for one, other in pairs)
+        def each(points: Tensor, exclude: Tensor | None) -> tuple[Tensor, ...]:
+            whitened, exponents = self._exponents(points)
+            return exponents, *self._averages(whitened, exponents.softmax(1))
+
+        return self._in_blocks(each, points, None)
 
     def __call__(
         self, points: Tensor, origin: Tensor, exclude: Tensor | None, kept: None = None
     ) -> tuple[Tensor, ...]:
         """Log-density (1, m), score and Laplacian ratio, where asked for, at points (1, m, d)."""
-        rows = max(1, _BLOCK_ELEMENTS // len(self.centers))
-        left_out = (
-            [None] * len(points[0].split(rows)) if exclude is None else exclude[0].split(rows)
-        )
-        blocks = []
-        for block in zip(points[0].split(rows), left_out, strict=True):
-            blocks.append(
-                checkpoint(self._block, *block, use_reentrant=False, preserve_rng_state=False)
-                if torch.is_grad_enabled()
-                else self._block(*block)
-            )
-        return tuple(torch.cat(part)[None] for part in zip(*blocks, strict=True))
 
-    def _block(self, points: Tensor, exclude: Tensor | None) -> tuple[Tensor, ...]:
-        offset, pulled = self._pulled(points)
-        exponents = self._exponents(offset, pulled)
-        if exclude is not None:
-            exponents = exponents + mask(exclude, exponents)
-        log_prob = torch.logsumexp(exponents, 1)
-        weights = (exponents - log_prob[:, None]).exp()
-        return log_prob, *self._averages(pulled, weights)
+        def each(points: Tensor, exclude: Tensor | None) -> tuple[Tensor, ...]:
+            whitened, exponents = self._exponents(points)
+            if exclude is not None:
+                exponents = exponents + mask(exclude, exponents)
+            log_prob = torch.logsumexp(exponents, 1)
+            weights = (exponents - log_prob[:, None]).exp()
+            return log_prob, *self._averages(whitened, weights)
 
-    def _averages(self, pulled: list[Tensor], weights: Tensor) -> list[Tensor]:
+        left_out = None if exclude is None else exclude[0]
+        return tuple(part[None] for part in self._in_blocks(each, points[0], left_out))
+
+    def _in_blocks(
+        self,
+        each: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+        points: Tensor,
+        exclude: Tensor | None,
+    ) -> list[Tensor]:
+        """What `each` returns, for few enough points at a time; if they are several, recomputed for the gradient."""
+        rows = max(1, _BLOCK_ELEMENTS // self.centers.numel())
+        if len(points) <= rows:
+            return list(each(points, exclude))
+        left_out = repeat(None) if exclude is None else exclude.split(rows)
+        blocks = [
+            checkpoint(each, *block, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else each(*block)
+            for block in zip(points.split(rows), left_out, strict=False)
+        ]
+        return [torch.cat(part) for part in zip(*blocks, strict=True)]
+
+    def _exponents(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """L_i' (x - Z_i), (N, m, d), and the log of weight times Gaussian, (m, N)."""
+        whitened = (points - self.centers[:, None]) @ self.tril
+        return whitened, self.log_scale - 0.5 * whitened.square().sum(2).mT
+
+    def _averages(self, whitened: Tensor, weights: Tensor) -> list[Tensor]:
         """Score (m, d) and Laplacian ratio (m,), where asked for, with weights (m, N)."""
-        results = []
+        results: list[Tensor] = []
+        if not (self.score or self.laplacian):
+            return results
+        pulled = whitened @ self.tril.mT  # Gamma_i (x - Z_i)
         if self.score:
-            results.append(-torch.stack([(weights * part).sum(1) for part in pulled], -1))
+            results.append(-(weights.mT[..., None] * pulled).sum(0))
         if self.laplacian:
-            trace = self.precision.diagonal(dim1=-2, dim2=-1).sum(-1)
-            square: Any = sum(part.square() for part in pulled)
-            results.append((weights * (square - trace)).sum(1))
+            trace = self.tril.square().sum((1, 2))
+            results.append((weights * (pulled.square().sum(2).mT - trace)).sum(1))
         return results
