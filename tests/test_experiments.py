@@ -466,12 +466,13 @@ def test_best_variance_finds_the_noise():
 RESULTS = Path(runs.__file__).parents[2] / "book" / "results"
 
 
-@pytest.mark.parametrize(
-    "experiment", [path.name for path in sorted(RESULTS.glob("*")) if path.name != "benchmarks"]
-)
-def test_every_record_in_the_book_belongs_to_a_case_and_is_whole(experiment):
-    found = runs.available(EXPERIMENTS[experiment].cases("paper"), RESULTS)
-    assert sorted(found) == sorted(path.stem for path in (RESULTS / experiment).glob("*.json"))
+FOLDERS = sorted({path.parent for path in RESULTS.rglob("*.json")} - {RESULTS / "benchmarks"})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(RESULTS)))
+def test_every_record_in_the_book_belongs_to_a_case_and_is_whole(folder):
+    found = runs.available(EXPERIMENTS[folder.name].cases("paper"), folder.parent)
+    assert sorted(found) == sorted(path.stem for path in folder.glob("*.json"))
     for record in found.values():
         assert record.environment["commit"]
         assert record.seconds > 0
