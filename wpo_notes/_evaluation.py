@@ -364,11 +364,11 @@ def _cells(points: Tensor, sides: _Sides, *, truncate: bool) -> list[_Cells]:
     """
     rest = torch.arange(len(points), device=points.device)
     points = points.detach()
+    if sides.few:
+        return [_Cells(rest[None], sides.parameters.centers[:1].detach(), torch.float64, False)]
     if len(points) <= 1:
         # The sum is the point itself, or zero if there is none (and it works inside vmap).
         return [_Cells(rest[None], points.sum(0, keepdim=True).double(), torch.float64, True)]
-    if sides.few:
-        return [_Cells(rest[None], points[:1], torch.float64, False)]
     found, norm, reach = [], None, math.inf
     for dtype in _products(points.dtype):
         if _too_coarse(points, dtype, sides):
@@ -483,9 +483,8 @@ class _Sides(dict[tuple[torch.dtype, bool], Any]):
         super().__init__()
         self.parameters, self.score, self.laplacian = parameters, score, laplacian
         n, d = parameters.centers.shape
-        self.few = (
-            n <= d
-        )  # to lift a point, in d^2 / 2 numbers, takes longer than its n d differences
+        # Lifting makes d (d + 3) / 2 numbers of a point; its differences are n d, and need no cells.
+        self.few = n <= d
         log_scale = parameters.log_scale()
         # Left out of the exponents and added to their log-sum-exp in float64, so that float32 rounds small numbers.
         self.level = log_scale.detach().amax()
