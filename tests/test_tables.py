@@ -22,9 +22,19 @@ def test_html_has_every_cell_as_it_was_given():
     assert root.tag == "table"
 
 
-def test_a_value_and_its_error_stay_on_one_line():
-    root = ElementTree.fromstring(table(["KL"], [["0.25 ± 0.01 nats"]])._repr_html_())
-    assert root.findtext("tbody/tr/td") == "0.25\u00a0±\u00a00.01 nats"
+@pytest.mark.parametrize(
+    ("cell", "kept"),
+    [
+        ("0.25 ± 0.01 nats", "0.25\u00a0±\u00a00.01 nats"),
+        ("0.25 (0.2 to 1e-05)", "0.25 (0.2\u00a0to\u00a01e-05)"),
+        ("1 of 3, 5.8 / -2", "1\u00a0of\u00a03, 5.8\u00a0/\u00a0-2"),
+        ("0.25 (0.2–0.3)", "0.25 (0.2\u2060–\u20600.3)"),
+        ("back to 2 of them", "back to 2 of them"),
+    ],
+)
+def test_numbers_that_belong_together_stay_on_one_line(cell, kept):
+    root = ElementTree.fromstring(table(["KL"], [[cell]])._repr_html_())
+    assert root.findtext("tbody/tr/td") == kept
 
 
 def test_plain_text_is_aligned():

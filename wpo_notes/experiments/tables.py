@@ -6,6 +6,7 @@ Chapter: *Figure 2* (``book/figure-2.md``).
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 __all__ = ["Table", "table"]
@@ -64,6 +65,12 @@ def _texts(cells: Sequence[object]) -> tuple[str, ...]:
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
-    # on a phone a value and its error stay on one line
-    texts = [html.escape(cell).replace(" ± ", "&#160;±&#160;") for cell in cells]
-    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{_unbroken(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _unbroken(cell: str) -> str:
+    """The cell for HTML; on a phone two numbers with a sign or a word between them stay on one line."""
+    cell = re.sub(
+        r"(?<=\d) (±|to|of|/) (?=[-+\d])", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", cell
+    )
+    return html.escape(re.sub(r"(?<=\d)–(?=[-+\d])", "\N{WORD JOINER}–\N{WORD JOINER}", cell))
