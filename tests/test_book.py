@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import ANY
 
 import check_site
 import jupytext
 import numpy as np
+import portable
 import pytest
 import ruff_chapters
 import yaml
@@ -302,8 +304,9 @@ def tiny_book(tmp_path: Path) -> Path:
         shutil.copytree(BOOK / name, book / name)
     for name in ("claims.toml", "references.bib"):
         shutil.copy(BOOK / name, book)
-    for name in ("_config.yml", "requirements.txt"):
+    for name in ("_config.yml", "requirements.txt", *portable.FILES):
         shutil.copy(ROOT / name, tmp_path)
+    (book / "results").mkdir()
     (tmp_path / "wpo_notes").mkdir()
     (tmp_path / "wpo_notes" / "key.py").write_text("")
     files = [{"file": name} for name in ("two", "ledger", "api")]
@@ -318,10 +321,11 @@ def tiny_book(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(top: Path) -> tuple[int, str]:
+def build(top: Path, **environment: str) -> tuple[int, str]:
     run = subprocess.run(
         [Path(sys.executable).with_name("jupyter-book"), "build", "book"],
         cwd=top,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
@@ -428,6 +432,40 @@ def test_opening_that_needs_an_unknown_page_fails_the_build(tiny_book: Path) -> 
     html = (tiny_book / "_build" / "html" / "one.html").read_text(encoding="utf-8")
     assert "a time that was not measured" in html
     assert "No claim of the ledger is decided on this page." in html
+
+
+def test_buttons_lead_to_binder_and_colab_where_there_is_a_repository(tiny_book: Path) -> None:
+    chapters, site = tiny_book / "book", tiny_book / "_build" / "html"
+    (chapters / "one.md").write_text(
+        myst("1 + 1") + "\n{nb-download}`Download this chapter as a notebook <one.ipynb>`\n"
+    )
+    (chapters / "two.md").write_text("# Second\n\nText alone.\n")
+
+    def links(page: str) -> list[str]:
+        html = (site / f"{page}.html").read_text(encoding="utf-8")
+        return re.findall(r'href="https://(?:mybinder|colab)\.[^"]*"', html)
+
+    assert build(tiny_book) == (0, ANY)
+    assert not links("one")
+    assert build(tiny_book, BOOK_REPOSITORY="owner/name") == (0, ANY)
+    binder, colab = links("one")
+    source = re.search(r"/v2/gh/owner/name/HEAD\?urlpath=lab/tree/(.*)\"", binder)[1]
+    assert (tiny_book / source).read_text().startswith("---")
+    notebook = re.search(r"/github/owner/name/blob/gh-pages/(.*)\"", colab)[1]
+    assert '"nbformat"' in (site / notebook).read_text()
+    assert not links("two")
+    status, output = build(tiny_book, BOOK_REPOSITORY="https://host/owner/name")
+    assert status != 0
+    assert "BOOK_REPOSITORY must be owner/name of a repository on GitHub, but is 'https:" in output
+
+
+def test_binder_has_the_requirements_and_opens_chapters_as_make_lab_does() -> None:
+    folder = ROOT / ".binder"
+    (other,) = re.findall(r"^--requirement (.*)$", (folder / "requirements.txt").read_text(), re.M)
+    assert (folder / other).resolve() == ROOT / "requirements.txt"
+    assert os.access(folder / "postBuild", os.X_OK)
+    for script in (ROOT / "Makefile", folder / "postBuild"):
+        assert "set-default-viewer markdown myst" in script.read_text()
 
 
 # ---- the checks of the site and of the cells' style
