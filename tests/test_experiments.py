@@ -17,7 +17,7 @@ from wpo_notes import __main__ as cli
 from wpo_notes import datasets
 from wpo_notes import fit as fit_module
 from wpo_notes.denoiser import ScoreNetwork
-from wpo_notes.experiments import EXPERIMENTS, denoising, figure5, figure6, kernel, runs
+from wpo_notes.experiments import EXPERIMENTS, SHORT, denoising, figure5, figure6, kernel, runs
 from wpo_notes.experiments.denoiser_memorises import DenoiserRun
 from wpo_notes.experiments.denoising import DenoisingRun, SideBySide
 from wpo_notes.experiments.figure4 import conditional_blocks
@@ -525,19 +525,38 @@ def test_figures_on_one_law_name_the_folder_of_their_records(figure, tmp_path, m
     assert (folder / f"{ran[0].name}.json").is_file()
 
 
-def test_list_has_a_command_for_every_case(capsys):
+def test_list_has_every_case_once(capsys):
     cli.main(["list", "--scale", "paper"])
-    lines = capsys.readouterr().out.splitlines()
-    assert "figure2 --scale paper --case moons-literal-seed0" in lines
-    assert len(lines) == len(set(lines))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["figure2", "--scale", "paper", "--case", "moons-literal-seed0"] in lines
+    listed = [(experiment, name) for experiment, _, _, _, *names in lines for name in names]
     # Figures 3, 5 and 6 look into the runs of Figure 2, which two processes must not make at once.
-    names = {
-        case.name
-        for name in ("figure3", "figure5", "figure6")
-        for case in EXPERIMENTS[name].cases("paper")
-    }
-    assert len(names) == 24
-    assert sum(line.rpartition(" ")[2] in names for line in lines) == len(names)
+    assert len(listed) == len(set(listed))
+    cases = [case for module in EXPERIMENTS.values() for case in module.cases("paper")]
+    assert set(listed) == {(case.experiment, case.name) for case in cases}
+    # Long runs have a process each; short ones come last.
+    assert {len(names) for experiment, _, _, _, *names in lines if experiment not in SHORT} == {1}
+    assert lines[-1][0] == "ablation"
+
+
+def test_a_command_of_the_list_runs_its_cases(tmp_path, monkeypatch):
+    tiny = Case("figure2", "tiny", TINY).record()
+    ran = []
+
+    def record(case, **_):
+        ran.append(case.name)
+        about = {"experiment": case.experiment, "case": case.name, "settings": settings(case)}
+        return replace(tiny, **about)
+
+    def settings(case):
+        return json.loads(json.dumps(asdict(case.settings)))
+
+    monkeypatch.setattr(Case, "record", record)
+    names = [case.name for case in EXPERIMENTS["ablation"].cases("paper")[3:6]]
+    command = ["ablation", "--scale", "paper", "--out", str(tmp_path), "--case", *names]
+    cli.main(command)
+    cli.main(command)  # all recorded
+    assert ran == names
 
 
 def test_list_stops_quietly_when_nobody_reads_on():

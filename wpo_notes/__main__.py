@@ -9,6 +9,7 @@ import argparse
 import inspect
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from wpo_notes import cli
 from wpo_notes.datasets import NAMES
-from wpo_notes.experiments import EXPERIMENTS, runs
+from wpo_notes.experiments import EXPERIMENTS, SHORT, runs
 
 RESULTS = {"paper": Path("book/results"), "quick": Path("_build/quick")}
 _EXAMPLES = """
@@ -59,16 +60,24 @@ def _add_experiment_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     command.add_argument("--data", choices=NAMES, metavar="LAW", help="only this law")
     command.add_argument("--seed", type=int, help="instead of the experiment's own")
-    command.add_argument("--case", help="only the case of this name")
+    command.add_argument(
+        "--case", nargs="+", default=[], metavar="NAME", help="only the cases of these names"
+    )
     command.add_argument("--out", type=Path, help="folder of the records")
 
 
 def _list(options: argparse.Namespace) -> None:
     """Print the commands of all experiments."""
-    cases = [case for module in EXPERIMENTS.values() for case in module.cases(options.scale)]
+    # Last comes the experiment with the shortest cases, so that no process is busy long after the others.
+    modules = reversed(EXPERIMENTS.values())
     # Figures share runs, and two processes must not make the same one.
-    for experiment, name in dict.fromkeys((case.experiment, case.name) for case in cases):
-        print(f"{experiment} --scale {options.scale} --case {name}")
+    cases = dict.fromkeys((c.experiment, c.name) for m in modules for c in m.cases(options.scale))
+    for experiment, group in groupby(cases, key=lambda case: case[0]):
+        names = [name for _, name in group]
+        size = 10 if experiment in SHORT else 1
+        for start in range(0, len(names), size):
+            chosen = " ".join(names[start : start + size])
+            print(f"{experiment} --scale {options.scale} --case {chosen}")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -97,12 +106,11 @@ def _cases(options: argparse.Namespace) -> list[runs.Case]:
         cases = function(options.scale, **chosen)
     except ValueError as error:
         options.parser.error(f"{options.command}: {error}")
-    if options.case:
-        names = [case.name for case in cases]
-        if options.case not in names:
-            options.parser.error(f"{options.command} has no case {options.case!r}, but {names}")
-        cases = [case for case in cases if case.name == options.case]
-    return cases
+    names = [case.name for case in cases]
+    for name in options.case:
+        if name not in names:
+            options.parser.error(f"{options.command} has no case {name!r}, but {names}")
+    return [case for case in cases if case.name in options.case or not options.case]
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from wpo_notes.experiments import (
     self_scoring,
 )
 
-__all__ = ["EXPERIMENTS"]
+__all__ = ["EXPERIMENTS", "SHORT"]
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "ablation": ablation,
@@ -36,3 +36,6 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "less_data": less_data,
     "self_scoring": self_scoring,
 }
+
+# Their cases take seconds or a minute or two: `make paper` gives a process several, which then loads PyTorch once.
+SHORT = frozenset({"ablation", "digits", "less_data"})
