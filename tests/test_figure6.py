@@ -27,6 +27,16 @@ def test_cross_validated_variance_is_that_of_scikit_learn(name):
     assert search.best_params_["bandwidth"] ** 2 == pytest.approx(variance, rel=0.11)
 
 
+def test_cross_validation_sees_how_far_a_point_is_from_the_others():
+    # Each point's neighbour is at distance r = 2e-3: the sum of -log v - r^2 / 2v is largest at v = r^2 / 2. A fifth point
+    # at distance R outweighs them: of -5 log v - R^2 / 2v that is v = R^2 / 10.
+    pairs = torch.tensor([[-1e-3, 0], [1e-3, 0], [-1e-3, 1], [1e-3, 1]], dtype=torch.float64)
+    assert leave_one_out_variance(pairs) == pytest.approx(2e-6, rel=0.02)
+    for dtype in (torch.float64, torch.float32):
+        alone = torch.cat([pairs, pairs.new_tensor([[0, 1e4]])]).to(dtype)
+        assert leave_one_out_variance(alone) == pytest.approx(1e8 / 10, rel=0.02)
+
+
 def test_best_variance_has_no_better_neighbour():
     law = datasets.get("swissroll")
     centers = law.sample(300, generator=rng(), dtype=torch.float64)
