@@ -157,7 +157,7 @@ def test_saving_never_leaves_half_a_file(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("wpo_notes._files.save_file", fails)
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         perturbed(model).save(path)
     assert path.read_bytes() == before

@@ -26,7 +26,8 @@ import wpo_notes
 from wpo_notes._optional import _INSTALLED_BY
 
 ROOT = Path(__file__).parents[1]
-BASE = {"torch", "numpy", "scipy", "scikit-learn", "safetensors", "jaxtyping"}
+BASE = {"torch", "numpy", "scipy"}
+FIT = {"scikit-learn", "safetensors"}  # the extra `fit`
 # Stands before a script: the packages named are as if they were not installed.
 REFUSE = """
 import sys
@@ -158,12 +159,14 @@ def test_the_base_needs_no_package_of_the_book_and_extras_name_the_rest(about):
     assert {
         extra: set(names) for extra, names in required.items() if extra not in (None, "all")
     } == {
+        "fit": FIT,
         "plots": {"matplotlib"},
         "progress": {"tqdm"},
         "experiments": {"pot", "torchdiffeq"},
         "parquet": {"pyarrow"},
         "diffusers": {"diffusers"},
         "fast": {"numba"},
+        "types": {"jaxtyping"},
     }
     assert required["all"]["wpo-notes"].extras == required.keys() - {None, "all"}
 
@@ -181,14 +184,14 @@ def test_every_range_has_a_lower_bound_and_allows_the_version_that_is_tested(abo
             assert {specifier.operator for specifier in requirement.specifier} == {">="}, name
             if name in pins:
                 assert requirement.specifier.contains(pins[name]), name
-    assert pins.keys() >= BASE
+    assert pins.keys() >= BASE | FIT
 
 
 def test_what_an_error_says_to_install_brings_the_package(about):
     required = requirements(about)
     for package, source in _INSTALLED_BY.values():
-        extra = re.fullmatch(r"wpo_notes\[(.*)\]", source)
-        assert canonicalize_name(package) in required[extra and extra[1]]
+        (extra,) = re.fullmatch(r"wpo_notes\[(.*)\]", source).groups()
+        assert canonicalize_name(package) in required[extra]
 
 
 # ---- in an environment with the base dependencies only ----------------------------------------------
@@ -223,8 +226,9 @@ def not_required(*roots: str) -> set[str]:
 def test_what_is_refused_is_what_the_base_does_not_bring():
     refused = not_required(*BASE)
     assert {"matplotlib", "tqdm", "ot", "torchdiffeq", "pytest", "IPython"} <= refused
-    assert refused.isdisjoint({"torch", "numpy", "scipy", "sklearn", "joblib", "jaxtyping"})
-    assert {"sklearn", "joblib"} <= not_required(*BASE - {"scikit-learn"})
+    assert {"sklearn", "joblib", "safetensors", "jaxtyping", "beartype"} <= refused
+    assert refused.isdisjoint({"torch", "numpy", "scipy"})
+    assert {"sklearn", "joblib", "safetensors"} <= refused - not_required(*BASE, *FIT)
 
 
 IMPORT_ALL = """
@@ -240,29 +244,19 @@ assert REFUSED.isdisjoint(sys.modules)
 """
 
 
+UNCOMPILED = ("wpo_notes.plots", "wpo_notes._figures", "wpo_notes._compiled", "wpo_notes._loops")
+OF_SCIKIT_LEARN = (
+    "wpo_notes.estimator",
+    "wpo_notes.experiments",
+    "wpo_notes.report",
+    "wpo_notes.__main__",
+)
+
+
 @pytest.mark.parametrize(
     ("roots", "left_out"),
-    [
-        (
-            BASE,
-            ("wpo_notes.plots", "wpo_notes._figures", "wpo_notes._compiled", "wpo_notes._loops"),
-        ),
-        # scikit-learn comes with the base, but only these import it at once
-        (
-            BASE - {"scikit-learn"},
-            (
-                "wpo_notes.plots",
-                "wpo_notes._figures",
-                "wpo_notes._compiled",
-                "wpo_notes._loops",
-                "wpo_notes.report",
-                "wpo_notes.estimator",
-                "wpo_notes.experiments",
-                "wpo_notes.__main__",
-            ),
-        ),
-    ],
-    ids=["base", "without scikit-learn"],
+    [(BASE, UNCOMPILED + OF_SCIKIT_LEARN), (BASE | FIT, UNCOMPILED)],
+    ids=["base", "fit"],
 )
 def test_modules_import_without_the_packages_that_only_some_functions_need(python, roots, left_out):
     script = f"{REFUSE}\nEXCEPT = {left_out}\n{IMPORT_ALL}"
@@ -272,7 +266,68 @@ def test_modules_import_without_the_packages_that_only_some_functions_need(pytho
     )
 
 
-FIT = """
+TRAIN = """
+import torch
+from wpo_notes.fit import fit, fit_algorithm_1, fit_kernel_model
+from wpo_notes.model import KernelModel
+
+x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+generator = torch.Generator().manual_seed(1)
+model = fit_algorithm_1(x, centers=50, steps=3, generator=generator)
+mixture = model()
+new = mixture.sample((500,), generator=generator)
+assert new.shape == (500, 2) and bool(mixture.log_prob(new).isfinite().all())
+before = [parameter.clone() for parameter in model.parameters()]
+for function in (
+    lambda: fit_kernel_model(x, centers=10, members=2, steps=3, generator=generator),
+    lambda: fit(model, x, steps=3, checkpoint=sys.argv[2], generator=generator),
+    lambda: model.save(sys.argv[2]),
+    lambda: KernelModel.load(sys.argv[2]),
+):
+    try:
+        function()
+    except ImportError as error:
+        print(error)
+after = model.parameters()
+assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+"""
+
+
+def test_the_base_trains_the_model_and_says_before_any_step_what_needs_another_package(
+    python, tmp_path
+):
+    refused = " ".join(not_required(*BASE))
+    printed = run(python, "-I", "-c", REFUSE + TRAIN, refused, str(tmp_path / "file")).splitlines()
+    said = "this needs {}, which is not installed: pip install 'wpo_notes[fit]'".format
+    assert printed == [said("scikit-learn"), *3 * [said("safetensors")]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_scikit_learn_the_commands_say_in_one_line_what_installs_it(python):
+    script = f"{REFUSE}\nimport runpy\nrunpy.run_module('wpo_notes', run_name='__main__')"
+    done = subprocess.run(
+        [python, "-I", "-c", script, " ".join(not_required(*BASE))], capture_output=True, text=True
+    )
+    said = "this needs scikit-learn, which is not installed: pip install 'wpo_notes[fit]'"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"python -m wpo_notes: {said}\n"
+
+
+SHAPES = """
+from typing import get_type_hints
+from torch import Tensor
+from wpo_notes import losses
+
+hints = get_type_hints(losses.implicit_score_matching)
+assert hints["x"] is Tensor, hints
+"""
+
+
+def test_without_jaxtyping_a_shape_is_the_type_alone(python):
+    run(python, "-I", "-c", REFUSE + SHAPES, " ".join(not_required(*BASE)))
+
+
+FIT_DATA = """
 import torch
 from wpo_notes import metrics, proximal, sde
 from wpo_notes.fit import fit_kernel_model
@@ -304,8 +359,9 @@ except ImportError as error:
 """
 
 
-def test_the_base_fits_without_a_bar_and_says_what_the_other_functions_need(python):
-    printed = run(python, "-I", "-c", REFUSE + FIT, " ".join(not_required(*BASE))).splitlines()
+def test_the_extra_fit_fits_without_a_bar_and_says_what_the_other_functions_need(python):
+    refused = " ".join(not_required(*BASE, *FIT))
+    printed = run(python, "-I", "-c", REFUSE + FIT_DATA, refused).splitlines()
     said = "this needs {}, which is not installed: pip install 'wpo_notes[experiments]'".format
     assert printed == [said("POT"), said("POT"), said("torchdiffeq"), said("POT")]
 

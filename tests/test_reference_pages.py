@@ -21,6 +21,7 @@ import portable
 import pytest
 import reference_links
 import yaml
+from docutils import nodes
 
 from wpo_notes.metrics import Estimate
 
@@ -377,6 +378,52 @@ def test_latex_reads_the_macros(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert (tmp_path / "x.pdf").is_file()
+
+
+def rows(formula: str) -> list[str]:
+    """Rows that Sphinx puts into LaTeX's `split`, without the environments that are complete in themselves."""
+    inner = re.sub(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", "", formula, flags=re.S)
+    return inner.split(r"\\")
+
+
+def test_formulas_of_docstrings_have_the_one_column_that_latex_allows_them() -> None:
+    count = 0
+    for path in (ROOT / "wpo_notes").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for formula in re.findall(r"^ *\.\. math::(.*?)\n\s*\n", text, re.M | re.S):
+            count += 1
+            assert all(row.count("&") <= 1 for row in rows(formula)), (path.name, formula)
+    assert count > 30
+    assert [row.count("&") for row in rows("a &= b, & c &= d\\\\ e &= f")] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "broken"), [(31, 5, True), (4, 2500, True), (4, 50, False)]
+)
+def test_a_long_table_is_broken_over_pages_in_columns_of_its_own_widths(
+    count, length, broken
+) -> None:
+    cells = [["name", "x" * length]] * count
+    table = nodes.table()
+    group = nodes.tgroup(cols=2)
+    table += group
+    group += [nodes.colspec(colwidth=50), nodes.colspec(colwidth=50)]
+    body = nodes.tbody()
+    group += body
+    for texts in cells:
+        row = nodes.row()
+        row += [nodes.entry("", nodes.paragraph(text=text)) for text in texts]
+        body += row
+    document = nodes.document("", "")
+    document += table
+    for builder in ("html", "latex"):
+        pdf.break_tables(SimpleNamespace(builder=SimpleNamespace(format=builder)), document, "page")
+        widths = [column["colwidth"] for column in table.findall(nodes.colspec)]
+        if builder == "latex" and broken:
+            assert table["classes"] == ["longtable", "colwidths-given"]
+            assert widths == [8, min(max(length, 8), 60)]
+        else:
+            assert (table["classes"], widths) == ([], [50, 50])
 
 
 # ---- examples

@@ -17,7 +17,11 @@ import torch
 
 from wpo_notes import cli
 from wpo_notes.datasets import NAMES
-from wpo_notes.experiments import EXPERIMENTS, SHORT, runs
+
+try:
+    from wpo_notes.experiments import EXPERIMENTS, SHORT, runs
+except ModuleNotFoundError as error:
+    sys.exit(f"python -m wpo_notes: {error}")
 
 RESULTS = {"paper": Path("book/results"), "quick": Path("_build/quick")}
 _EXAMPLES = """

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from wpo_notes._optional import needed
 
 __all__ = ["load_tensors", "save_tensors"]
 
@@ -29,6 +29,7 @@ def save_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], *, kind: str, **about: Any
 ) -> None:
     """Write tensors and JSON-serialisable facts; an earlier file stays whole until the new one is."""
+    save_file = needed("safetensors.torch").save_file
     path = Path(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about)
@@ -47,14 +48,15 @@ def load_tensors(
         FileNotFoundError: no such file.
         ValueError: a damaged or foreign file, or one of another kind.
     """
+    safetensors = needed("safetensors")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no {kind} file at {path}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or not a {kind} file of wpo_notes ({error}): restore it from a copy"
         ) from error

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from wpo_notes._evaluation import evaluate
+from wpo_notes._shapes import Int
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.model import FreeKernelModel
 

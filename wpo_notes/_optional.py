@@ -9,7 +9,8 @@ __all__ = ["needed", "progress_bar"]
 
 # By the name under which it is imported: the package's own name, and what installs it.
 _INSTALLED_BY = {
-    "sklearn": ("scikit-learn", "scikit-learn"),
+    "sklearn": ("scikit-learn", "wpo_notes[fit]"),
+    "safetensors": ("safetensors", "wpo_notes[fit]"),
     "ot": ("POT", "wpo_notes[experiments]"),
     "torchdiffeq": ("torchdiffeq", "wpo_notes[experiments]"),
     "matplotlib": ("matplotlib", "wpo_notes[plots]"),

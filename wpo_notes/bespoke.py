@@ -13,10 +13,10 @@ import os
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from wpo_notes._checks import checked_positive, make_generator
+from wpo_notes._shapes import Float
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.model import KernelModel
 

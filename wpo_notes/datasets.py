@@ -23,11 +23,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from wpo_notes._checks import checked_points, checked_positive, make_generator
+from wpo_notes._shapes import Float, Int
 from wpo_notes.metrics import Estimate
 
 __all__ = [

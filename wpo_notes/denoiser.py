@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from wpo_notes._checks import checked_points, checked_positive, make_generator
 from wpo_notes._network import perceptron
+from wpo_notes._shapes import Float
 from wpo_notes.losses import denoising_score_matching
 from wpo_notes.sde import LinearSDE, Score
 

@@ -14,10 +14,10 @@ Chapter: *An exact teacher for diffusion samplers* (``book/samplers.md``).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from wpo_notes._checks import checked_finite, checked_points
+from wpo_notes._shapes import Float
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["Denoiser", "NoisePredictor"]

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from wpo_notes._shapes import Float
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = [
@@ -88,9 +88,11 @@ class ShardedMixture:
 
     With the shards :math:`\pi_r`, each a mixture of its own, and their weights :math:`W_r`,
 
-    .. math:: \pi &= \sum_r W_r \pi_r, & \rho_r &= \frac{W_r \pi_r}{\pi}, \\
+    .. math:: \begin{aligned}
+              \pi &= \sum_r W_r \pi_r, & \rho_r &= \frac{W_r \pi_r}{\pi}, \\
               \nabla\log\pi &= \sum_r \rho_r \nabla\log\pi_r, &
               \frac{\Delta\pi}{\pi} &= \sum_r \rho_r \frac{\Delta\pi_r}{\pi_r} .
+              \end{aligned}
 
     An evaluation at M points sends M maxima and then M (1 + the number of results) sums. All ranks must call a
     method together and with equal arguments; all get its result. Results carry no gradients: this is for

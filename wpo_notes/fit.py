@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wpo_notes._checks import checked_points, checked_positive, checked_sample_set, make_generator
 from wpo_notes._clusters import clusters
 from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes._members import Members, sorted_by
-from wpo_notes._optional import progress_bar
+from wpo_notes._optional import needed, progress_bar
+from wpo_notes._shapes import Float, Int
 from wpo_notes.distributed import average_gradients, check_same, own_generator, rank_and_size
 from wpo_notes.losses import implicit_score_matching
 from wpo_notes.mixture import GaussianMixture
@@ -161,6 +161,7 @@ def fit(
             checkpoint that is damaged or belongs to another run; with a process group, models,
             points, settings or generators that are not the same on all ranks, or fewer points a
             step than ranks.
+        ModuleNotFoundError: a checkpoint without safetensors: extra `fit`.
     """
     x = checked_points("x", x)
     if x.ndim != 2 or len(x) == 0:
@@ -189,8 +190,10 @@ def fit(
         "record_every": record_every,
         "data": _digest([x]),
     }
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.resume(checkpoint, settings)
+    if checkpoint is not None:
+        needed("safetensors")  # now, not after the steps to the first checkpoint
+        if Path(checkpoint).exists():
+            run.resume(checkpoint, settings)
     if ranks > 1:
         states = {
             "model": _digest(model.state_dict().values()),
@@ -408,6 +411,7 @@ def fit_kernel_model(
     Raises:
         TypeError, ValueError: x is not a floating matrix of distinct finite points that vary in
             each coordinate, or has too few points for the centres.
+        ModuleNotFoundError: without scikit-learn, whose k-means finds the centres: extra `fit`.
 
     Examples:
         >>> import torch

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from wpo_notes._checks import checked_points, checked_positive, make_generator
+from wpo_notes._shapes import Float, Int
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = [

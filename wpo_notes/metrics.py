@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 from scipy.stats import mannwhitneyu
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from wpo_notes._checks import checked_points, make_generator
 from wpo_notes._optional import needed
+from wpo_notes._shapes import Float
 
 __all__ = [
     "Estimate",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -32,6 +31,7 @@ from wpo_notes._checks import (
     make_generator,
 )
 from wpo_notes._evaluation import Parameters, evaluate, exponents
+from wpo_notes._shapes import Float, Int
 
 if TYPE_CHECKING:
     from wpo_notes.diffusion import Denoiser

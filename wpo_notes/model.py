@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from scipy.spatial import KDTree
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -19,6 +18,7 @@ from wpo_notes._checks import checked_positive, checked_sample_set, make_generat
 from wpo_notes._files import load_tensors, save_tensors
 from wpo_notes._network import perceptron
 from wpo_notes._optional import needed
+from wpo_notes._shapes import Float
 from wpo_notes.mixture import GaussianMixture
 from wpo_notes.structured import LowRankGaussianMixture
 
@@ -178,6 +178,7 @@ class KernelModel(nn.Module):
         Raises:
             FileNotFoundError: no such file.
             ValueError: a damaged or foreign file.
+            ModuleNotFoundError: without safetensors: extra `fit`.
         """
         tensors, about = load_tensors(path, kind="kernel model")
         centers, log_weights = tensors["centers"], tensors.get("log_weights")

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sparse
 import torch
-from jaxtyping import Float
 from scipy.integrate import BDF, solve_ivp
 from scipy.interpolate import CubicSpline
 from scipy.special import exprel
@@ -33,6 +32,7 @@ from wpo_notes._checks import (
     checked_points,
     checked_positive,
 )
+from wpo_notes._shapes import Float
 
 __all__ = [
     "divergence",

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +30,7 @@ from wpo_notes._checks import (
     checked_positive,
 )
 from wpo_notes._optional import needed
+from wpo_notes._shapes import Float
 
 __all__ = [
     "inverse_kernel_formula",

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from scipy.spatial import KDTree
-from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.neighbors import KernelDensity
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from wpo_notes._checks import checked_sample_set, make_generator
+from wpo_notes._optional import needed
+from wpo_notes._shapes import Float
 from wpo_notes._tables import default_names
 from wpo_notes.experiments.estimators import Stopwatch, bic_mixture
 from wpo_notes.experiments.tables import table
@@ -284,8 +283,9 @@ def _kernel_density(z: Tensor, fresh: Tensor, seed: int) -> tuple[str, Tensor]:
     """
     n, d = z.shape
     some = z[:_MOST_FOR_BANDWIDTH].cpu().numpy()
-    folds = KFold(5, shuffle=True, random_state=seed)
-    search = GridSearchCV(KernelDensity(), {"bandwidth": _BANDWIDTHS}, cv=folds, refit=False)
+    selection, kde = needed("sklearn.model_selection"), needed("sklearn.neighbors").KernelDensity()
+    folds = selection.KFold(5, shuffle=True, random_state=seed)
+    search = selection.GridSearchCV(kde, {"bandwidth": _BANDWIDTHS}, cv=folds, refit=False)
     bandwidth = float(search.fit(some).best_params_["bandwidth"]) * (len(some) / n) ** (1 / (d + 4))
     log_density = GaussianMixture.from_variance(z, bandwidth**2).log_prob(fresh)
     return f"bandwidth {bandwidth:.2g}, standardised", log_density

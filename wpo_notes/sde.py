@@ -23,11 +23,11 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from wpo_notes._checks import checked_points, checked_positive, make_generator
 from wpo_notes._optional import needed
+from wpo_notes._shapes import Float
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = [

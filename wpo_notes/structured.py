@@ -1,7 +1,9 @@
 r"""Gaussian mixtures with covariances diagonal plus low rank: eqs. (25), (26), (29), (31) in many dimensions.
 
-.. math:: C_i &= \operatorname{diag}(v_i) + W_i W_i^\top , & \Gamma_i &= C_i^{-1} = D_i^{-1} - V_i V_i^\top , \\
+.. math:: \begin{aligned}
+          C_i &= \operatorname{diag}(v_i) + W_i W_i^\top , & \Gamma_i &= C_i^{-1} = D_i^{-1} - V_i V_i^\top , \\
           V_i &= D_i^{-1} W_i R_i^{-\top} , & R_i R_i^\top &= I + W_i^\top D_i^{-1} W_i ,
+          \end{aligned}
 
 by Woodbury's identity, with :math:`D_i = \operatorname{diag}(v_i)` and the r × r factor R. A kernel costs d (r + 1)
 numbers and an evaluation d (r + 2) products, instead of d²; no d × d matrix of a kernel exists.
@@ -16,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import (
     Categorical,
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from wpo_notes._checks import checked_finite, checked_floating, checked_positive, make_generator
 from wpo_notes._evaluation import merged
 from wpo_notes._optional import needed
+from wpo_notes._shapes import Float, Int
 from wpo_notes.mixture import GaussianMixture
 
 __all__ = ["LowRankGaussianMixture", "low_rank_clusters"]

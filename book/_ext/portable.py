@@ -30,7 +30,7 @@ RESULTS = ROOT / "book" / "results"
 # What the unpacked folder needs beside the modules, so that it can be installed as well.
 FILES = ("LICENSE", "LICENSE-text", "README.md", "pyproject.toml", "requirements.txt")
 # Extras of the package that chapters use.
-EXTRAS = ("plots", "progress", "experiments")
+EXTRAS = ("fit", "plots", "progress", "experiments")
 
 SETUP = '''\
 # @title Run this cell first

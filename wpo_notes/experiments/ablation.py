@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from wpo_notes import datasets
 from wpo_notes._clusters import clusters
+from wpo_notes._shapes import Float
 from wpo_notes.bespoke import WeightedKernelModel
 from wpo_notes.datasets import PLANAR
 from wpo_notes.experiments.estimators import Stopwatch, bic_mixture

@@ -29,17 +29,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.decomposition import FactorAnalysis
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor, nn
 
 from wpo_notes import metrics
 from wpo_notes._clusters import clusters
+from wpo_notes._optional import needed
 from wpo_notes.denoiser import ScoreNetwork, denoising_loss
 from wpo_notes.experiments.denoising import denoiser_samples
-from wpo_notes.experiments.estimators import stiff_log_prob
+from wpo_notes.experiments.estimators import ConvergenceWarning, SklearnMixture, stiff_log_prob
 from wpo_notes.experiments.runs import Case, Result
 from wpo_notes.fit import fit, kernel_loss
 from wpo_notes.losses import implicit_score_matching, negative_log_likelihood
@@ -88,7 +85,7 @@ class Split(NamedTuple):
 
 @cache
 def _pixels() -> Tensor:
-    return torch.from_numpy(load_digits().data)
+    return torch.from_numpy(needed("sklearn.datasets").load_digits().data)
 
 
 def split(n: int, seed: int) -> Split:
@@ -134,6 +131,7 @@ class Fitted(NamedTuple):
 
 
 Method = Callable[[Tensor, Tensor, torch.Generator], Fitted]
+FactorAnalysis = needed("sklearn.decomposition").FactorAnalysis
 
 
 def _fitted(mixture: GaussianMixture, **chosen) -> Fitted:

@@ -16,11 +16,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor
 from torch.distributions import Normal
 
+from wpo_notes._optional import needed
 from wpo_notes.denoiser import ScoreNetwork, denoising_loss
 from wpo_notes.experiments.denoising import variance_exploding
 from wpo_notes.experiments.figure6 import best_variance
@@ -51,6 +50,10 @@ KERNEL_STEPS = (0, 12, 25, 50, 100, 200)  # of which the last is the default
 NOISE = (0.005, 20.0)  # as in Figure 2
 
 LogProb = Callable[[Tensor], Tensor]
+
+# Here and not where they are used: the time of the import would count as that of an estimate.
+ConvergenceWarning = needed("sklearn.exceptions").ConvergenceWarning
+SklearnMixture = needed("sklearn.mixture").GaussianMixture
 
 
 class Fitted(NamedTuple):
