@@ -34,7 +34,15 @@ def test_html_has_every_cell_as_it_was_given():
 )
 def test_numbers_that_belong_together_stay_on_one_line(cell, kept):
     root = ElementTree.fromstring(table(["KL"], [[cell]])._repr_html_())
-    assert root.findtext("tbody/tr/td") == kept
+    assert "".join(root.find("tbody/tr/td").itertext()) == kept
+
+
+def test_a_number_is_not_broken_after_the_sign_of_its_exponent_and_can_be_copied():
+    root = ElementTree.fromstring(table(["KL", "error"], [["8.0e-08 <", "non-e-2"]])._repr_html_())
+    number, word = root.findall("tbody/tr/td")
+    assert (number[0].text, number[0].get("style")) == ("8.0e-08", "white-space: nowrap")
+    assert "".join(number.itertext()) == "8.0e-08 <"
+    assert len(word) == 0
 
 
 def test_plain_text_is_aligned():

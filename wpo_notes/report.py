@@ -64,7 +64,9 @@ class Findings(NamedTuple):
     samples: Tensor
     panel: Memorisation  #: of the model's samples
     null: Memorisation  #: of the held-out rows
-    distance: tuple[Tensor, Tensor]  #: to the nearest training row: of samples, of held-out rows
+    distance: tuple[
+        Tensor, Tensor
+    ]  #: from samples, from held-out rows, to the nearest training row
 
 
 def findings(

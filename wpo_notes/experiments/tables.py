@@ -69,8 +69,12 @@ def _row(tag: str, cells: tuple[str, ...]) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    """The cell for HTML; on a phone two numbers with a sign or a word between them stay on one line."""
+    """The cell for HTML; on a phone a number, or two with a sign or a word between them, stay on one line."""
     cell = re.sub(
         r"(?<=\d) (±|to|of|/) (?=[-+\d])", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", cell
     )
-    return html.escape(re.sub(r"(?<=\d)–(?=[-+\d])", "\N{WORD JOINER}–\N{WORD JOINER}", cell))
+    cell = re.sub(r"(?<=\d)–(?=[-+\d])", "\N{WORD JOINER}–\N{WORD JOINER}", cell)
+    # a browser breaks 8.0e-08 after its hyphen; no joiner here, so that a copied number is still one
+    return re.sub(
+        r"[\d.]+e-\d+", r'<span style="white-space: nowrap">\g<0></span>', html.escape(cell)
+    )
