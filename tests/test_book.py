@@ -321,9 +321,9 @@ def tiny_book(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(top: Path, **environment: str) -> tuple[int, str]:
+def build(top: Path, *options: str, **environment: str) -> tuple[int, str]:
     run = subprocess.run(
-        [Path(sys.executable).with_name("jupyter-book"), "build", "book"],
+        [Path(sys.executable).with_name("jupyter-book"), "build", *options, "book"],
         cwd=top,
         env=os.environ | environment,
         capture_output=True,
@@ -466,6 +466,60 @@ def test_binder_has_the_requirements_and_opens_chapters_as_make_lab_does() -> No
     assert os.access(folder / "postBuild", os.X_OK)
     for script in (ROOT / "Makefile", folder / "postBuild"):
         assert "set-default-viewer markdown myst" in script.read_text()
+
+
+STATED = """
+```{prf:proposition} Of two equal numbers
+:label: prop-three-equal
+
+One is one.
+```
+
+```{prf:proof}
+Count. By {prf:ref}`prop-three-equal` this is done.
+```
+"""
+
+
+def test_the_source_of_the_pdf_has_the_numbers_of_the_site_and_places_for_the_verdicts(
+    tiny_book: Path,
+) -> None:
+    book = tiny_book / "book"
+    start, theory, back = (
+        {"caption": caption, "chapters": [{"file": name} for name in names]}
+        for caption, names in (
+            ("Start", ["two"]),
+            ("Theory", ["three"]),
+            ("Back", ["ledger", "api"]),
+        )
+    )
+    parts = [start, theory | {"numbered": True}, back]
+    (book / "_toc.yml").write_text(
+        yaml.safe_dump({"format": "jb-book", "root": "one", "parts": parts})
+    )
+    (book / "one.md").write_text(myst(record("cole-hopf", "holds")))
+    (book / "two.md").write_text(myst("1"))
+    (book / "three.md").write_text(myst(record("decoupling", "does not hold")) + STATED)
+    status, output = build(tiny_book, "--builder", "latex")
+    assert status == 0, output
+    text = (tiny_book / "_build" / "latex" / "book.tex").read_text()
+    unnumbered = r"\setcounter{secnumdepth}{-2}"
+    numbered = r"\setcounter{secnumdepth}{2}\setcounter{chapter}{0}"
+    assert re.findall(r"\\setcounter\{secnumdepth\}.*|\\part\{.*?\}", text) == [
+        unnumbered,
+        r"\part{Start}",
+        r"\part{Theory}",
+        numbered,
+        unnumbered + r"\setcounter{chapter}{0}",
+        r"\part{Back}",
+    ]
+    assert r"{note}{Proposition 1.1 (Of two equal numbers)}" in text
+    assert r"\sphinxstyleemphasis{Proof.} Count. By" in text
+    links = set(re.findall(r"\\hyperref\[\\detokenize\{(three:[^:].*?)\}\]", text))
+    assert links == {"three:prop-three-equal", "three:verdict-decoupling"}
+    assert all(rf"\label{{\detokenize{{{link}}}}}" in text for link in links)
+    assert r"\sphinxstylestrong{Does not hold} \sphinxcode" in text
+    assert "decoupling: does not hold" not in text
 
 
 # ---- the checks of the site and of the cells' style
