@@ -1,7 +1,7 @@
 r"""Sphinx extension: what the PDF of the book needs beside the pages.
 
 The macros of the site's formulas (``mathjax3_config``) are defined for LaTeX too. Chapters and propositions have the
-site's numbers, verdicts can be linked to, and long tables are broken over pages. Of another cell's output LaTeX shows
+site's numbers, solutions are printed, verdicts can be linked to, and long tables are broken over pages. Of another cell's output LaTeX shows
 the text or the picture where the site shows HTML.
 """
 
@@ -12,6 +12,7 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx_jupyterbook_latex.nodes import HiddenCellNode
 from sphinx_proof.nodes import NODE_TYPES, proof_node
 
 # Sphinx keeps a table of up to 30 rows on one page, and does not break the lines of a longer one.
@@ -60,8 +61,11 @@ def restore_depth(app: Sphinx, env) -> None:
 
 def write(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     if app.builder.format == "latex":
-        for part in (number_chapters, name_propositions, open_proofs, show_verdicts):
-            part(app.env, doctree)
+        number_chapters(app.env, doctree)
+        name_propositions(app.env, doctree)
+        open_proofs(doctree)
+        show_solutions(doctree)
+        show_verdicts(app.env, doctree)
         break_tables(doctree)
 
 
@@ -86,7 +90,7 @@ def name_propositions(env, doctree: nodes.document) -> None:
         node.replace_self([nodes.target(ids=[label]), box])
 
 
-def open_proofs(env, doctree: nodes.document) -> None:
+def open_proofs(doctree: nodes.document) -> None:
     """Set proofs as text: in a box of their own they had an empty title."""
     for node in list(doctree.findall(proof_node)):
         (box,) = node.children
@@ -94,6 +98,13 @@ def open_proofs(env, doctree: nodes.document) -> None:
         word, dot, rest = start.partition(".")
         start.parent.replace(start, [nodes.emphasis("", word + dot), nodes.Text(rest)])
         node.replace_self(box.children)
+
+
+def show_solutions(doctree: nodes.document) -> None:
+    """Print the cells that the site opens by a click; they would be left out."""
+    for hidden in list(doctree.findall(HiddenCellNode)):
+        if "tag_hide-cell" in hidden["classes"]:
+            hidden.replace_self(nodes.container("", *hidden.children, classes=hidden["classes"]))
 
 
 def show_verdicts(env, doctree: nodes.document) -> None:
