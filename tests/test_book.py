@@ -499,7 +499,10 @@ def test_the_source_of_the_pdf_has_the_numbers_of_the_site_and_places_for_the_ve
     )
     (book / "one.md").write_text(myst(record("cole-hopf", "holds")))
     (book / "two.md").write_text(myst("1"))
-    solution = "```{code-cell} ipython3\n:tags: [hide-cell]\n\nprint(6 * 7)\n```\n"
+    solution = (
+        "```{code-cell} ipython3\n:tags: [hide-cell]\n\nprint(6 * 7)\n```\n\n"
+        "{nb-download}`Download this <three.ipynb>`\n"
+    )
     (book / "three.md").write_text(myst(record("decoupling", "does not hold")) + STATED + solution)
     status, output = build(tiny_book, "--builder", "latex")
     assert status == 0, output
@@ -523,6 +526,7 @@ def test_the_source_of_the_pdf_has_the_numbers_of_the_site_and_places_for_the_ve
     assert "decoupling: does not hold" not in text
     assert r"\PYG{n+nb}{print}" in text
     assert re.search(r"^42$", text, re.M)
+    assert "Download this" not in text
 
 
 # ---- the checks of the site and of the cells' style

@@ -3,6 +3,7 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from markdown_it import MarkdownIt
 
 from wpo_notes.experiments.tables import table
 
@@ -43,6 +44,21 @@ def test_a_number_is_not_broken_after_the_sign_of_its_exponent_and_can_be_copied
     assert (number[0].text, number[0].get("style")) == ("8.0e-08", "white-space: nowrap")
     assert "".join(number.itertext()) == "8.0e-08 <"
     assert len(word) == 0
+
+
+def test_markdown_says_what_html_says_whatever_punctuation_is_in_it():
+    rows = [
+        ["$x_i$ | <b> & `a`", "**1**"],
+        ["{math}`2` \\\\ [a](b) ~~c~~ # ---", None],
+        ["", "-0.5"],
+    ]
+    shown = table(["a *b*", "KL"], rows)
+    parsed = ElementTree.fromstring(
+        MarkdownIt().enable(["table", "strikethrough"]).render(shown._repr_markdown_())
+    )
+    cells = [["".join(cell.itertext()) for cell in row] for row in parsed.iter("tr")]
+    assert cells == [list(shown.head), *map(list, shown.rows)]
+    assert all(len(cell) == 0 for row in parsed.iter("tr") for cell in row)  # no markup inside
 
 
 def test_plain_text_is_aligned():

@@ -2,7 +2,7 @@ r"""Sphinx extension: what the PDF of the book needs beside the pages.
 
 The macros of the site's formulas (``mathjax3_config``) are defined for LaTeX too. Chapters and propositions have the
 site's numbers, solutions are printed, verdicts can be linked to, and long tables are broken over pages. Of another cell's output LaTeX shows
-the text or the picture where the site shows HTML.
+the text, Markdown or picture where the site shows HTML.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ _ROWS, _CHARACTERS = 30, 2500
 _WIDEST, _NARROWEST = 60, 8  # characters of a column that count for its share of the page
 # The depth to which LaTeX numbers: no part, or the three levels of a chapter that the site numbers.
 _UNNUMBERED, _NUMBERED = -2, 2
+
+# Sphinx lets a picture be as high as a page, and then there is no place for its caption.
+_CAPTIONED = r"\makeatletter\AtBeginDocument{\spx@image@maxheight.8\textheight}\makeatother" + "\n"
 
 
 # ---- before the chapters are read
@@ -39,8 +42,8 @@ def macros(definitions: dict[str, str | list]) -> str:
 
 def define(app: Sphinx, config: Config) -> None:
     elements = config.latex_elements
-    tex = macros(config.mathjax3_config["tex"]["macros"]) + _depth(_UNNUMBERED) + "\n"
-    elements["preamble"] = elements.get("preamble", "") + tex
+    tex = macros(config.mathjax3_config["tex"]["macros"])
+    elements["preamble"] = elements.get("preamble", "") + tex + _CAPTIONED + _depth(_UNNUMBERED)
     config.latex_additional_files = ["_ext/bbm.sty"]
 
 
@@ -65,6 +68,7 @@ def write(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         name_propositions(app.env, doctree)
         open_proofs(doctree)
         show_solutions(doctree)
+        leave_out_downloads(doctree)
         show_verdicts(app.env, doctree)
         break_tables(doctree)
 
@@ -105,6 +109,12 @@ def show_solutions(doctree: nodes.document) -> None:
     for hidden in list(doctree.findall(HiddenCellNode)):
         if "tag_hide-cell" in hidden["classes"]:
             hidden.replace_self(nodes.container("", *hidden.children, classes=hidden["classes"]))
+
+
+def leave_out_downloads(doctree: nodes.document) -> None:
+    """Leave out the paragraphs that offer the page's notebook."""
+    for link in list(doctree.findall(addnodes.download_reference)):
+        link.parent.parent.remove(link.parent)
 
 
 def show_verdicts(env, doctree: nodes.document) -> None:

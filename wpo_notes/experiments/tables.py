@@ -1,4 +1,4 @@
-"""Tables of numbers: HTML on the site and in Jupyter, aligned text elsewhere.
+"""Tables of numbers: HTML on the site and in Jupyter, Markdown for print, aligned text elsewhere.
 
 Chapter: *Figure 2* (``book/figure-2.md``).
 """
@@ -30,6 +30,10 @@ class Table:
         head = _row("th", self.head)
         body = "".join(_row("td", row) for row in self.rows)
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+    def _repr_markdown_(self) -> str:
+        rule = "|---" * len(self.head) + "|"
+        return "\n".join([_line(self.head), rule, *map(_line, self.rows)])
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Table:
@@ -66,6 +70,11 @@ def _texts(cells: Sequence[object]) -> tuple[str, ...]:
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
     return "<tr>" + "".join(f"<{tag}>{_unbroken(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    """A row of Markdown, in which no punctuation of a cell has a meaning."""
+    return "".join("| " + re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", cell) + " " for cell in cells) + "|"
 
 
 def _unbroken(cell: str) -> str:
