@@ -143,7 +143,11 @@ def test_run_keeps_a_record_and_does_not_run_again(tmp_path, monkeypatch):
     assert 0 < record.processor_seconds < 60
     monkeypatch.setattr(KernelRun, "run", lambda *_, **__: pytest.fail("ran again"))
     same(runs.run(case, tmp_path), record)
-    assert list(runs.available([case, Case("figure2", "other", TINY)], tmp_path)) == ["tiny"]
+    other = Case("figure2", "other", TINY)
+    assert list(runs.available([case, other], tmp_path)) == ["tiny"]
+    assert list(runs.recorded([case], tmp_path)) == ["tiny"]
+    with pytest.raises(FileNotFoundError, match="figure2 other .*make it with python -m wpo_notes"):
+        runs.recorded([case, other], tmp_path)
     with pytest.raises(ValueError, match="made with other settings"):
         runs.run(Case("figure2", "tiny", replace(TINY, seed=1)), tmp_path)
 

@@ -19,7 +19,7 @@ import torch
 import wpo_notes
 from wpo_notes.experiments.records import Record, environment
 
-__all__ = ["Case", "Result", "available", "chosen", "run"]
+__all__ = ["Case", "Result", "available", "chosen", "recorded", "run"]
 
 
 class Result(NamedTuple):
@@ -124,6 +124,16 @@ def chosen(laws: Sequence[str], data: str | None) -> Sequence[str]:
     if data not in laws:
         raise ValueError(f"data must be one of {tuple(laws)}, got {data!r}")
     return (data,)
+
+
+def recorded(cases: Iterable[Case], folder: str | os.PathLike) -> dict[str, Record]:
+    """Records of the cases, by their names.
+
+    Raises:
+        FileNotFoundError: a case has no record; says what makes it.
+        ValueError: a damaged record, or one that was made with other settings.
+    """
+    return {case.name: case.load(folder) for case in cases}
 
 
 def available(cases: Iterable[Case], folder: str | os.PathLike) -> dict[str, Record]:
