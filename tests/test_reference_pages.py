@@ -294,12 +294,26 @@ def test_archive_is_repeatable_and_holds_the_files() -> None:
 
 def test_records_are_those_that_the_cells_read() -> None:
     def folders(*cells: str) -> set[str]:
-        return {path.parent.name for path in portable.records(cells)}
+        found = portable.records(cells)
+        return {path.parent.relative_to(portable.RESULTS).as_posix() for path in found}
 
+    scored = "from wpo_notes.experiments import self_scoring"
     assert folders("from wpo_notes.experiments import digits") == set()
-    assert "self_scoring" in folders("from wpo_notes.experiments import self_scoring", "results")
-    assert "digits" not in folders("from wpo_notes.experiments import self_scoring", "results")
+    assert folders(scored, "results") & {"digits", "self_scoring", "again/self_scoring"} == {
+        "self_scoring"
+    }
+    assert {"self_scoring", "again/self_scoring"} <= folders(scored, 'results / "again"')
     assert folders('Record.load(results, "benchmarks", "cpu")') == {"benchmarks"}
+
+
+def test_a_page_that_reads_earlier_records_brings_them() -> None:
+    pages = {page: CODE.findall(text) for page, text in TEXT.items() if '/ "again"' in text}
+    # The page of times reads all records, which no notebook can carry.
+    assert set(pages) == {"execution", "figure-2", "figures-3-4", "self-scoring"}
+    for page in pages.keys() - {"execution"}:
+        cells = pages[page]
+        sources = [re.sub(r"^```.*$|^---$(?s:.*?)^---$", "", cell, flags=re.M) for cell in cells]
+        assert any("again" in path.parts for path in portable.records(sources)), page
 
 
 def test_requirements_are_the_packages_and_the_cells() -> None:

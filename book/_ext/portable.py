@@ -148,7 +148,10 @@ def modules_by_distribution() -> dict[str, list[str]]:
 
 
 def records(sources: Iterable[str]) -> list[Path]:
-    """Files of the records that the cells read: those of the experiments that they name or import."""
+    """Files of the records that the cells read: of the experiments that they name or import.
+
+    Those in a further folder, such as earlier versions in ``again``, only if the cells name that too.
+    """
     sources = list(sources)
     if not any(re.search(r"\bresults\b", source) for source in sources):
         return []
@@ -157,10 +160,8 @@ def records(sources: Iterable[str]) -> list[Path]:
     named |= set(re.findall(r"\"(\w+)\"", "\n".join(sources)))
     return [
         path
-        for folder in sorted(RESULTS.iterdir())
-        if folder.name in named
-        for path in sorted(folder.iterdir())
-        if path.suffix in {".json", ".npz"}
+        for path in sorted(RESULTS.rglob("*.*"))
+        if named.issuperset(path.relative_to(RESULTS).parts[:-1])
     ]
 
 
