@@ -477,7 +477,7 @@ FOLDERS = sorted({path.parent for path in RESULTS.rglob("*.json")} - {RESULTS / 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(RESULTS)))
 def test_every_record_in_the_book_belongs_to_a_case_and_is_whole(folder):
-    seed = {"seed": 1} if folder.parent.name == "second-seed" else {}
+    seed = {"seed": 1} if folder.parent.name == "seed1" else {}
     found = runs.available(EXPERIMENTS[folder.name].cases("paper", **seed), folder.parent)
     assert sorted(found) == sorted(path.stem for path in folder.glob("*.json"))
     for record in found.values():

@@ -36,7 +36,7 @@ _DENOISING = {
 # Learning rates besides the default, at as many steps as the kernel model has: is the default fair?
 _RATES = {"paper": (1e-3, 1e-2), "quick": ()}
 # How the centres are scored, and the schedule of the learning rate, of which the paper names none. At a constant rate most
-# runs leave their good values, also with the centres left out; at a falling one fewer do.
+# runs leave their good values, also with the centres left out; at a falling one fewer do, with one seed more than with another.
 KERNELS = {
     "paper": (
         ("leave one out", "cosine"),
